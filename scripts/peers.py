@@ -1,0 +1,108 @@
+"""Shapes, peers and the description of the machine, shared by the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from sharded_radam import ShardedRAdam
+
+LR = 1e-3
+
+
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """GPT-2 124M: 148 tensors, 124 439 808 elements."""
+    block = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
+    block += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+    return [(50257, 768), (1024, 768), *(12 * block), (768,), (768,)]
+
+
+def small_shapes() -> list[tuple[int, ...]]:
+    """500 tensors in the manner of a ResNet: convolutions of 4 thousand to 147 thousand elements and their norms."""
+    block: list[tuple[int, ...]] = []
+    for width in (64, 128):
+        for conv in ((width, 64, 1, 1), (width, width, 3, 3)):
+            block += [conv, (width,), (width,)]
+    return (block * 42)[:500]
+
+
+SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "gpt2": gpt2_shapes,
+    "small": small_shapes,
+    "one": lambda: [(50_000_000,)],
+}
+
+OURS, FLOOR, DDP, ZERO = "sharded_radam", "sharded_radam, no communication", "DDP + RAdam", "ZeroRedundancyOptimizer"
+
+
+def make_params(shapes: list[tuple[int, ...]], device: torch.device, grads: list[Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters, equal on all ranks, that share the gradients given."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return params
+
+
+def make_grads(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(shape, device=device) * 1e-3 for shape in shapes]
+
+
+def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a peer; for "DDP + RAdam" the replicated one, since DDP is no part of the step."""
+    if peer in (OURS, FLOOR):
+        return ShardedRAdam(params, lr=LR)
+    if peer == DDP:
+        return torch.optim.RAdam(params, lr=LR, foreach=True)
+    return ZeroRedundancyOptimizer(params, torch.optim.RAdam, parameters_as_bucket_view=True, lr=LR, foreach=True)
+
+
+def start() -> torch.device:
+    """Join torchrun's process group, or make one of one rank; returns the device of this rank."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
+    )
+    return device
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = "unknown processor"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads per rank": torch.get_num_threads(),
+        "ranks": dist.get_world_size(),
+        "backend": dist.get_backend(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }

@@ -1,0 +1,7 @@
+"""RAdam with its state sharded over data-parallel ranks, for PyTorch."""
+
+from sharded_radam.optimizer import ShardedRAdam
+
+__all__ = ["ShardedRAdam", "__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,282 @@
+"""Flats as storage: parameters become views of one buffer, the own shards have their state beside it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from sharded_radam.plan import FlatPlan, ParamSpec, Piece
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""Dtypes that can be updated; parameters of others (quantized, frozen) take no part."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill one contiguous range of memory, in whatever order of dimensions."""
+    return tensor.permute(dim_order(tensor)).is_contiguous()
+
+
+def dim_order(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions from outermost to innermost in memory; that of a contiguous tensor where the strides tell none."""
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.dim()))
+
+
+def check_memory(params: Sequence[Tensor], names: Sequence[str], as_views: bool) -> None:
+    """Raise ValueError if parameters share elements, within one or with each other, or cannot become views."""
+    extents = []
+    for param, name in zip(params, names, strict=True):
+        if is_dense(param):
+            if param.numel() and param.data_ptr():
+                extents.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name))
+        elif as_views:
+            raise ValueError(
+                f"parameter '{name}' with shape {tuple(param.shape)} and strides {param.stride()} does not fill its "
+                "memory densely, so it cannot become a view of a bucket: make it .contiguous(), or pass "
+                "parameters_as_bucket_view=False."
+            )
+    extents.sort()
+    for (_, stop, name), (start, _, other) in pairwise(extents):
+        if start < stop:
+            raise ValueError(
+                f"parameters '{name}' and '{other}' share memory but are different Parameters: tie weights by using "
+                "one Parameter object in both places, then it is updated once."
+            )
+
+
+def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """All elements as 1-D, dimensions nested in ``order``; a view where the memory allows it, otherwise a copy."""
+    contiguous = tensor.dim() < 2 or all(dim == index for index, dim in enumerate(order))
+    return (tensor if contiguous else tensor.permute(tuple(order))).reshape(-1)
+
+
+def flat_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
+    """A parameter's gradient as 1-D real numbers, in the order in which the parameter is in its slot."""
+    assert param.grad is not None
+    return as_real(flatten(param.grad.detach().resolve_conj().resolve_neg(), spec.dim_order))
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A 1-D complex tensor as 1-D real numbers, which is how RAdam treats it; others as they are."""
+    return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
+
+
+def unflatten(flat: Tensor, like: Tensor) -> Tensor:
+    """The view of a 1-D tensor that has the shape and order of dimensions of ``like``; inverse of flatten."""
+    order = dim_order(like)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
+
+
+def _window(buffer: Tensor, start: int, numel: int) -> Tensor:
+    """Elements of a 1-D buffer as a tensor whose storage is only these elements, over the same memory.
+
+    ``torch.save`` and safetensors look at storages: with a plain view they would write, or refuse, the whole buffer.
+    """
+    storage = buffer.untyped_storage()
+    if storage.device.type == "meta":  # also that of fake tensors, which have no memory to share
+        return buffer.narrow(0, start, numel)
+    itemsize = buffer.element_size()
+    part = storage[start * itemsize : (start + numel) * itemsize]
+    return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(part, 0, (numel,))  # type: ignore[call-overload, no-any-return]
+
+
+class ShardPiece(NamedTuple):
+    """A piece with its memory: views of the bucket and of the state, complex ones as real numbers."""
+
+    piece: Piece
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None
+
+
+class Flat:
+    """The buffer of one :class:`FlatPlan` on one rank, with the state of the shards that the rank owns.
+
+    Args:
+        plan: the layout.
+        specs: what the plan was made from, for all parameters.
+        params: the parameters of the plan's slots, in their order. They become views of the buffer if ``as_views``,
+            with the strides they have; otherwise they stay what they are, and the buffer is a copy of them.
+        rank: whose shards have their state here.
+
+    ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
+    other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
+    slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all.
+    """
+
+    def __init__(
+        self, plan: FlatPlan, specs: Sequence[ParamSpec], params: Sequence[Tensor], rank: int, as_views: bool
+    ) -> None:
+        self.plan = plan
+        self.specs = [specs[slot.param] for slot in plan.slots]
+        self.params = list(params)
+        self.rank = rank
+        self.as_views = as_views
+        self.is_half = params[0].dtype in HALF_DTYPES
+        device, dtype = params[0].device, params[0].dtype
+        state_dtype = torch.float32 if self.is_half else dtype
+        self.buffer = torch.zeros(plan.numel, dtype=dtype, device=device)
+        self.state = {
+            name: torch.zeros(plan.local_numel, dtype=state_dtype, device=device)
+            for name in ("exp_avg", "exp_avg_sq", *(("master",) if self.is_half else ()))
+        }
+        self._windows = [_window(self.buffer, slot.start, slot.numel) for slot in plan.slots]
+        self._take_in()
+        self.pieces = self._make_pieces()
+        self.local_state = self._make_local_state()
+        for slot in range(len(plan.slots)):
+            self._complete_state(slot, None)
+        self._addresses = [param.data_ptr() if as_views else 0 for param in self.params]
+        self._index = {id(param): index for index, param in enumerate(self.params)}
+        self._reassigned: dict[int, str] = {}
+        _flats.add(self)
+
+    def bucket(self, index: int) -> Tensor:
+        """1-D view of a bucket, padding included."""
+        start, stop = self.plan.bucket_range(index)
+        return self.buffer[start:stop]
+
+    def shard_state(self, name: str, bucket: int) -> Tensor:
+        """1-D view of the state of the own shard of a bucket."""
+        start, stop = self.plan.local_range(bucket)
+        return self.state[name][start:stop]
+
+    def check(self) -> None:
+        """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient."""
+        for index, place in self._reassigned.items():
+            raise RuntimeError(_moved(self.specs[index].name, f"was replaced by another Parameter in {place}"))
+        for param, spec, address in zip(self.params, self.specs, self._addresses, strict=True):
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{spec.name}')")
+            if param.dtype != spec.dtype:
+                raise RuntimeError(_moved(spec.name, f"was {spec.dtype} and is now {param.dtype}"))
+            if param.device != self.buffer.device:
+                raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
+            if param.shape != spec.shape:
+                raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
+            if self.as_views and param.data_ptr() != address:
+                raise RuntimeError(_moved(spec.name, "has other memory now (.data was assigned, or it was moved)"))
+
+    def copy_in(self, bucket: int) -> None:
+        """Parameters to the own shard, where they are not views."""
+        if not self.as_views:
+            for own in self.pieces[bucket]:
+                at, spec = own.piece, self.specs[own.piece.slot]
+                flat = flatten(self.params[at.slot].detach(), spec.dim_order)
+                own.param.copy_(as_real(flat[at.start : at.start + at.numel]))
+
+    def copy_out(self) -> None:
+        """Buckets to parameters, where they are not views."""
+        if not self.as_views:
+            for param, window in zip(self.params, self._windows, strict=True):
+                param.detach().copy_(unflatten(window, param))
+
+    def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
+        """Copy the own elements of a parameter's whole state, or zeros; masters from the parameter if it has none."""
+        order = self.specs[slot].dim_order
+        for at in (own.piece for pieces in self.pieces for own in pieces if own.piece.slot == slot):
+            for name, tensor in (tensors or {}).items():
+                local = self.state[name][at.local_start : at.local_start + at.numel]
+                local.copy_(flatten(tensor, order)[at.start : at.start + at.numel])
+        self._complete_state(slot, tensors)
+
+    def set_local_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
+        """The same for tensors shaped as ``local_state``."""
+        for name, tensor in (tensors or {}).items():
+            self.local_state[slot][name].copy_(tensor)
+        self._complete_state(slot, tensors)
+
+    def _complete_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
+        for name, view in self.local_state[slot].items():
+            if name not in (tensors or {}):
+                view.zero_()
+        if self.is_half and "master" not in (tensors or {}):
+            self._reset_master(slot)
+
+    def _reset_master(self, slot: int) -> None:
+        for bucket, pieces in enumerate(self.pieces):
+            for own in (own for own in pieces if own.piece.slot == slot):
+                assert own.master is not None
+                self.copy_in(bucket)
+                own.master.copy_(own.param)
+
+    def _take_in(self) -> None:
+        for param, window in zip(self.params, self._windows, strict=True):
+            view = unflatten(window, param)
+            view.copy_(param.detach())
+            if self.as_views and param.numel():
+                param.data = view if view.stride() == param.stride() else _restride(view, param)
+
+    def _make_pieces(self) -> list[list[ShardPiece]]:
+        found: list[list[ShardPiece]] = [[] for _ in range(self.plan.num_buckets)]
+        for piece in self.plan.pieces(self.rank):
+            start, stop = piece.local_start, piece.local_start + piece.numel
+            local = {name: as_real(tensor[start:stop]) for name, tensor in self.state.items()}
+            param = as_real(self.buffer[piece.flat_start : piece.flat_start + piece.numel])
+            found[piece.bucket].append(
+                ShardPiece(piece, param, local["exp_avg"], local["exp_avg_sq"], local.get("master"))
+            )
+        return found
+
+    def _make_local_state(self) -> list[dict[str, Tensor]]:
+        extents = dict.fromkeys(range(len(self.params)), (0, 0))
+        for at in (own.piece for pieces in self.pieces for own in pieces):
+            start, numel = extents[at.slot]
+            extents[at.slot] = (start if numel else at.local_start, numel + at.numel)
+        found = []
+        for slot, param in enumerate(self.params):
+            windows = {name: _window(local, *extents[slot]) for name, local in self.state.items()}
+            if self.plan.world_size == 1:
+                windows = {name: unflatten(window, param) for name, window in windows.items()}
+            found.append(windows)
+        return found
+
+    def note_reassigned(self, param: Tensor, place: str, replaced: bool) -> None:
+        """Remember, or forget, that a module now has another Parameter in the place of ``param``."""
+        index = self._index.get(id(param))
+        if index is not None and replaced:
+            self._reassigned[index] = place
+        elif index is not None:
+            self._reassigned.pop(index, None)
+
+
+def _restride(view: Tensor, param: Tensor) -> Tensor:
+    """Strides of dimensions of size 1 mean nothing, but are kept all the same."""
+    return view.as_strided(param.size(), param.stride()) if is_dense(param) else view
+
+
+def _moved(name: str, what: str) -> str:
+    return (
+        f"parameter '{name}' {what} since this optimizer was built, so its step would update memory that the model "
+        "does not use. Expected: the model gets its final dtype, device and Parameters first, then the optimizer is "
+        "built. Build it anew now and give it the state by load_state_dict(); to load weights, copy them in place "
+        "(load_state_dict without assign=True, or param.copy_)."
+    )
+
+
+_flats: weakref.WeakSet[Flat] = weakref.WeakSet()
+
+
+def _on_registration(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+    old = module._parameters.get(name)
+    for flat in _flats:
+        if param is not None:
+            flat.note_reassigned(param, "", replaced=False)
+        if old is not None and old is not param:
+            flat.note_reassigned(old, f"{type(module).__name__}.{name}", replaced=True)
+
+
+# The only sign torch gives of `load_state_dict(assign=True)` or `module.weight = Parameter(...)`: the old Parameter,
+# which is all that an optimizer sees, stays what it was.
+register_module_parameter_registration_hook(_on_registration)

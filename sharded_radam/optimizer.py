@@ -1,0 +1,480 @@
+"""ShardedRAdam: validates, owns the state, and steps in three phases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.profiler import record_function
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.optim import RAdam
+from torch.optim.optimizer import ParamsT
+
+from sharded_radam import differentiable as autograd_step
+from sharded_radam import state as states
+from sharded_radam.flat import Flat, flat_gradient
+from sharded_radam.join import ShadowSteps, share_gradients
+from sharded_radam.layout import agree, describe
+from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
+from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+from sharded_radam.steps import Cohort, count_step, set_counts
+from sharded_radam.transport import Alone, Transport, make_transport
+
+logger = logging.getLogger("sharded_radam")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Arguments that RAdam does not have; they are the optimizer's, and no group's."""
+
+    fused: bool | None
+    bucket_cap_mb: float
+    as_views: bool
+
+
+class ShardedRAdam(RAdam, Joinable):
+    r"""``torch.optim.RAdam`` with its state partitioned over the ranks of a process group (ZeRO stage 1).
+
+    Use it in the place of RAdam, with DistributedDataParallel as it is; the results are RAdam's. Each step
+
+    1. takes the gradients of the own shard out of ``p.grad`` (DDP has averaged them),
+    2. updates the own shard of each bucket in place (parameters are views of the buckets),
+    3. all-gathers the buckets in place; bucket i travels while bucket i+1 is updated.
+
+    Args:
+        params: as for torch.optim.RAdam: parameters, dicts, or (name, parameter) pairs; the same on every rank.
+        lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, capturable, differentiable:
+            as for torch.optim.RAdam.
+        foreach: True for torch's foreach update, False for its for-loop; bit-equal to RAdam's of that flag.
+        fused: True for one pass over memory by torch's fused Adam kernel (see :mod:`sharded_radam.radam`), which
+            differs from RAdam in the last bits. If neither is given: fused on CPU, RAdam's choice elsewhere.
+        process_group: whose ranks share the state; the default group if None. Without one, or with one rank, nothing
+            is communicated.
+        bucket_cap_mb: size of a bucket in MiB.
+        parameters_as_bucket_view: if False, parameters keep their own memory, and the buckets cost as much again.
+        transport: "native", "gloo", or None to choose by device and backend.
+
+    fp16 and bf16 parameters have fp32 moments and an fp32 master, and are updated in fp32. All state exists from
+    construction on. Construction and ``add_param_group`` are collective.
+
+    Raises:
+        ValueError: what RAdam refuses; arguments that exclude each other; parameters that do not fit into buckets;
+            layouts that differ between ranks (on every rank).
+        RuntimeError: from ``step``, if a parameter was moved, recast or replaced since construction, or for sparse
+            gradients; the state is unchanged then.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        bucket_cap_mb: float = 25.0,
+        parameters_as_bucket_view: bool = True,
+        transport: str | None = None,
+    ) -> None:
+        if not bucket_cap_mb > 0:
+            raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB above 0")
+        if fused and (foreach or differentiable):
+            raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
+        Joinable.__init__(self)
+        self._options = Options(fused, bucket_cap_mb, parameters_as_bucket_view and not differentiable)
+        self._flats: list[Flat] = []
+        self._consolidated: dict[str, Any] | None = None
+        self._joined = False
+        self._transport: Transport | None = None
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+        self._transport = make_transport(process_group, self._device(), transport)
+        self._adopt(self.param_groups)
+        if self._transport.rank == 0:
+            logger.info("%s", self._summary())
+
+    def _device(self) -> torch.device:
+        params = [param for group in self.param_groups for param in group["params"]]
+        devices = {param.device for param in params}
+        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if len(devices) > 1 and world_size > 1:
+            raise ValueError(
+                f"parameters are on {sorted(map(str, devices))}: at world size > 1 one optimizer shards parameters of "
+                "one device; use one optimizer for each device"
+            )
+        return params[0].device if params else torch.device("cpu")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as ``torch.optim.Optimizer.add_param_group``; collective, as construction is.
+
+        Raises:
+            ValueError: as at construction; the optimizer is unchanged then.
+        """
+        super().add_param_group(param_group)
+        if self._transport is not None:  # otherwise the constructor of the base class is adding the first groups
+            try:
+                self._device()
+                self._adopt(self.param_groups[-1:])
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    def _adopt(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Lay out the parameters of the last groups and make their state; all checks come before any change."""
+        problem: ValueError | None = None
+        params: list[Tensor] = []
+        specs: list[ParamSpec] = []
+        try:
+            first = len(self.param_groups) - len(groups)
+            params, specs = describe(groups, first, bool(self._options.fused), self._options.as_views)
+        except ValueError as error:
+            problem = error
+        self._build(agree(specs, problem, self._network, self._options.bucket_cap_mb), params)
+
+    def _build(self, plan: ShardPlan, params: Sequence[Tensor]) -> None:
+        for flat_plan in plan.flats:
+            members = [params[slot.param] for slot in flat_plan.slots]
+            flat = Flat(flat_plan, plan.params, members, self._network.rank, self._options.as_views)
+            self._flats.append(flat)
+            for param, views in zip(members, flat.local_state, strict=True):
+                self.state[param] = dict(views)
+            set_counts(self.state, members, [0.0] * len(members), self._counter_device(flat))
+
+    def _summary(self) -> str:
+        """What the log says of the layout: one line."""
+        num_params = sum(len(flat.params) for flat in self._flats)
+        numel = sum(param.numel() for flat in self._flats for param in flat.params)
+        own_bytes = sum(tensor.nbytes for flat in self._flats for tensor in flat.state.values())
+        replicated_bytes = sum(2 * param.nbytes for flat in self._flats for param in flat.params)
+        engines = sorted({self._engine(flat) for flat in self._flats})
+        return (
+            f"ShardedRAdam: ranks {self._network.world_size}, parameters {num_params} ({numel} elements), "
+            f"buckets {sum(flat.plan.num_buckets for flat in self._flats)}, engine {'+'.join(engines) or 'none'}, "
+            f"transport {self._network.name}, state {own_bytes} bytes per rank, replicated RAdam {replicated_bytes} bytes"
+        )
+
+    @property
+    def _network(self) -> Transport:
+        assert self._transport is not None
+        return self._transport
+
+    def _group(self, flat: Flat) -> dict[str, Any]:
+        return self.param_groups[flat.specs[0].group]
+
+    def _counter_device(self, flat: Flat) -> torch.device:
+        return flat.buffer.device if self._group(flat)["capturable"] else torch.device("cpu")
+
+    def _engine(self, flat: Flat) -> Engine:
+        foreach, device = self._group(flat)["foreach"], flat.buffer.device.type
+        default = self._options.fused is None and foreach is None
+        if self.defaults["differentiable"]:
+            return "for-loop"
+        if self._options.fused or (default and device == "cpu"):
+            return "fused"
+        return "foreach" if foreach or (foreach is None and device != "cpu") else "for-loop"
+
+    # Step
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One optimization step; every rank enters the same collectives, whatever its gradients are.
+
+        Args:
+            closure: reevaluates the model and returns the loss, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a parameter was moved, recast or replaced, or has a sparse gradient. Checked before anything
+                is changed or sent.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._joined:
+            Join.notify_join_context(self)
+        if self._join_config.enable:
+            share_gradients(self, self._network, self._joined)
+        with torch.no_grad():
+            cohorts = self._prepare()
+        if self.defaults["differentiable"]:
+            with torch.enable_grad():
+                self._step_differentiable(cohorts)
+        else:
+            with torch.no_grad():
+                self._update_and_gather(cohorts)
+        return loss
+
+    def _prepare(self) -> list[list[Cohort]]:
+        """All that can fail, then count the steps of the parameters that have a gradient."""
+        for flat in self._flats:
+            flat.check()
+        for flat in self._flats:
+            self._take_back_state(flat)
+        self._consolidated = None
+        return [count_step(self.state, flat.params, self._group(flat)["capturable"]) for flat in self._flats]
+
+    def _update_and_gather(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
+        """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
+        handles = []
+        for flat, flat_cohorts in zip(self._flats, cohorts, strict=True):
+            grads: dict[int, Tensor] = {}
+            for bucket in range(flat.plan.num_buckets):
+                with record_function("sharded_radam::update"):
+                    flat.copy_in(bucket)
+                    for cohort in flat_cohorts:
+                        self._update(flat, bucket, cohort, grads)
+                with record_function("sharded_radam::all_gather"):
+                    handles += self._network.all_gather(flat.bucket(bucket))
+        with record_function("sharded_radam::wait"):
+            for handle in handles:
+                handle.wait()
+        for flat in self._flats:
+            flat.copy_out()
+
+    def _update(self, flat: Flat, bucket: int, cohort: Cohort, grads: dict[int, Tensor]) -> None:
+        """Phases 1 and 2: the own pieces of a bucket, with their gradients (grads: flattened on first use)."""
+        operands = []
+        reals = 2 if flat.buffer.is_complex() else 1
+        for own in flat.pieces[bucket]:
+            at = own.piece
+            if at.slot in cohort.slots:
+                if at.slot not in grads:
+                    grads[at.slot] = flat_gradient(flat.params[at.slot], flat.specs[at.slot])
+                grad = grads[at.slot]
+                if at.numel != flat.plan.slots[at.slot].numel:
+                    grad = grad.narrow(0, reals * at.start, reals * at.numel)
+                operands.append(Operands(own.param, grad, own.exp_avg, own.exp_avg_sq, own.master))
+        hyper = _hyperparameters(self._group(flat))
+        if isinstance(cohort.step, Tensor):
+            capturable_update_(operands, cohort.step, hyper)
+        else:
+            update_(operands, self._engine(flat), cohort.step, hyper)
+
+    def _step_differentiable(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
+        """As above, recorded by autograd: state tensors are replaced, and the flat keeps copies of their values."""
+        for flat, flat_cohorts in zip(self._flats, cohorts, strict=True):
+            counts = {slot: int(cohort.step) for cohort in flat_cohorts for slot in cohort.slots}
+            hyper = _hyperparameters(self._group(flat))
+            for slot, exchange in enumerate(autograd_step.exchanges(flat, self._network)):
+                state = self.state[flat.params[slot]]
+                autograd_step.update(flat.params[slot], state, exchange, counts.get(slot), hyper)
+                moments = {name: state[name].detach() for name in ("exp_avg", "exp_avg_sq")}
+                flat.set_local_state(slot, moments)
+
+    def _take_back_state(self, flat: Flat) -> None:
+        """Follow what somebody did to ``optimizer.state``: tensors put there are copied, missing ones start anew."""
+        for slot, (param, views) in enumerate(zip(flat.params, flat.local_state, strict=True)):
+            state = self.state[param]
+            ours = all(state.get(name) is view for name, view in views.items())
+            if isinstance(state.get("step"), Tensor) and (ours or self.defaults["differentiable"]):
+                continue
+            shape = views["exp_avg"].shape
+            entry = states.read_entry(flat.specs[slot].name, param, shape, state if "step" in state else None)
+            flat.set_local_state(slot, entry.tensors)
+            state.update(views)
+            set_counts(self.state, [param], [entry.step], self._counter_device(flat))
+
+    # State dicts
+
+    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """Collective: the whole state on one rank, as ``torch.optim.RAdam.state_dict()`` would have it.
+
+        Bucket by bucket: beyond the result, rank ``to`` allocates one bucket. Tensors are on CPU, and the dict is
+        plain: ``torch.optim.RAdam`` and this optimizer load it at any world size, ``torch.load(weights_only=True)``
+        reads it. Half-precision parameters have a "master" beside their moments.
+
+        Args:
+            to: rank of the process group that gets it.
+
+        Returns:
+            The dict on rank ``to``, None elsewhere. The next ``state_dict()`` on rank ``to`` returns it too, and lets
+            go of it; so does the next step.
+        """
+        if not 0 <= to < self._network.world_size:
+            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
+        with torch.no_grad():
+            for flat in self._flats:
+                self._take_back_state(flat)
+            gathered = [states.gather_flat(flat, self._network, to) for flat in self._flats]
+        if self._network.rank != to:
+            return None
+        found = {}
+        for flat, tensors in zip(self._flats, gathered, strict=True):
+            for param, tensor in zip(flat.params, tensors or [], strict=True):
+                found[param] = {"step": states.export_step(self.state[param]["step"]).cpu(), **tensor}
+        groups = deepcopy(states.pack_groups(self.param_groups))
+        self._consolidated = {"state": states.index_state(found, self.param_groups), "param_groups": groups}
+        return self._consolidated
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this process; never collective.
+
+        After ``consolidate_state_dict`` on its target rank, the consolidated dict, once. Otherwise with one rank what
+        RAdam returns. With several ranks a dict of this rank's elements only, which ``load_state_dict`` of this
+        optimizer takes back, and which refuses to be pickled.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict, self._consolidated = self._consolidated, None
+        if state_dict is None:
+            state_dict = self._local_state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def _local_state_dict(self) -> dict[str, Any]:
+        found = {}
+        for param, state in self.state.items():
+            found[param] = {**state, "step": states.export_step(state["step"])} if "step" in state else state
+        packed = {
+            "state": states.index_state(found, self.param_groups),
+            "param_groups": states.pack_groups(self.param_groups),
+        }
+        if self._network.world_size == 1:
+            return packed
+        return states.LocalStateDict(packed, self._place())
+
+    def _place(self) -> tuple[Any, ...]:
+        """Two optimizers for which this is equal own the same elements."""
+        return self._network.rank, tuple((flat.plan, tuple(flat.specs)) for flat in self._flats)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a consolidated state, at any world size: each rank copies its own elements.
+
+        Args:
+            state_dict: from ``consolidate_state_dict``, ``torch.optim.RAdam.state_dict()``, or
+                ``ZeroRedundancyOptimizer(RAdam).state_dict()``; or a local one that this optimizer made. Not changed.
+
+        Raises:
+            ValueError: other groups, names or shapes than this optimizer's; nothing is changed then.
+        """
+        place = state_dict.place if isinstance(state_dict, states.LocalStateDict) else None
+        if place is not None and place != self._place():
+            raise ValueError("loaded local state_dict() is of another rank or layout: load a consolidated one")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saved_groups = state_dict["param_groups"]
+        states.check_groups(self.param_groups, saved_groups)
+        by_param = states.saved_state(self.param_groups, state_dict)
+        entries = [
+            [
+                states.read_entry(spec.name, param, views["exp_avg"].shape if place else param.shape, by_param[param])
+                for param, spec, views in zip(flat.params, flat.specs, flat.local_state, strict=True)
+            ]
+            for flat in self._flats
+        ]
+        groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
+        for index, group in enumerate(groups):
+            describe([group], index, bool(self._options.fused), self._options.as_views)
+        self._load(groups, entries, whole=place is None)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry]], whole: bool) -> None:
+        self.param_groups = groups
+        self._consolidated = None
+        for flat, flat_entries in zip(self._flats, entries, strict=True):
+            for slot, entry in enumerate(flat_entries):
+                if whole:
+                    flat.set_state(slot, entry.tensors)
+                else:
+                    flat.set_local_state(slot, entry.tensors)
+                self.state[flat.params[slot]].update(flat.local_state[slot])
+            counts = [entry.step for entry in flat_entries]
+            set_counts(self.state, flat.params, counts, self._counter_device(flat))
+
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._network.world_size > 1:
+            raise RuntimeError(
+                f"this optimizer holds rank {self._network.rank}'s part of the state of {self._network.world_size} "
+                "ranks, so it cannot be pickled: save what consolidate_state_dict() returns, and load it into a new "
+                "optimizer (copy.deepcopy works, in this process)"
+            )
+        return self._content()
+
+    def _content(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(state, Alone())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRAdam:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new._restore(deepcopy(self._content(), memo), self._network)
+        return new
+
+    def _restore(self, content: dict[str, Any], transport: Transport) -> None:
+        """Become a copy: its parameters and state are other tensors, which are laid out anew, without collectives."""
+        Joinable.__init__(self)
+        super().__setstate__(content)  # type: ignore[no-untyped-call]
+        self._consolidated = None
+        self._joined = False
+        self._transport = transport
+        self._flats = []
+        state = dict(self.state)
+        params, specs = describe(self.param_groups, 0, bool(self._options.fused), self._options.as_views)
+        self._build(make_plan(specs, transport.world_size, self._options.bucket_cap_mb), params)
+        self.state.update(state)
+        for flat in self._flats:
+            self._take_back_state(flat)
+
+    # Join
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For ``torch.distributed.algorithms.Join([ddp_model, optimizer])``: ranks without data step along."""
+        return ShadowSteps(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where Join's own collectives are."""
+        return self._flats[0].buffer.device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup | None:
+        """The group of Join's own collectives."""
+        return self._network.group
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+    )

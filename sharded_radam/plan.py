@@ -1,0 +1,177 @@
+"""Who owns which elements: integers only, for all ranks at once.
+
+The parameters of one param group, dtype and device are laid out one after the other in a *flat* buffer. Each begins
+on a multiple of ``ALIGNMENT`` elements, in its *slot*. The flat is cut into equal *buckets*, whatever parameters they
+hold, and each bucket into ``world_size`` equal *shards*, one a rank. A *piece* is slot ∩ shard. With
+``ALIGNMENT = 4``, two ranks, buckets of 16 elements and parameters ``a`` (7), ``b`` (3) and ``c`` (10)::
+
+    element   0       4       8       12      16      20      24
+    slot      |a a a a a a a .|b b b .|c c c c c c c c c c . .|
+    bucket    |-------------- 0 --------------|------ 1 ------|
+    owner     |---- rank 0 ---|---- rank 1 ---| rank 0| rank 1|
+
+So ``c`` has three pieces, in two buckets. Padding (``.``) is at the end of slots and of the flat. Every cut is on a
+multiple of ``ALIGNMENT`` from the beginning of the slot, whatever the world size: vectorised kernels then treat each
+element alike, and the results of the fused engine do not depend on the world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT = 64
+"""Elements; slots and shards begin on its multiples."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """What the layout needs to know of a parameter.
+
+    ``dim_order`` is the order of its dimensions in memory, outermost first: ``(0, 2, 3, 1)`` for channels_last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim_order: tuple[int, ...]
+    dtype: torch.dtype
+    device_type: str
+    group: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The elements ``[start, start + numel)`` of a flat, which hold the parameter ``param``, an index of ``params``."""
+
+    param: int
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Slot ∩ shard: the elements ``[start, start + numel)`` of a parameter, in memory order.
+
+    ``flat_start`` is where they are in the flat; ``local_start`` where they are in the rank's own shards, put one
+    after the other.
+    """
+
+    slot: int
+    bucket: int
+    start: int
+    numel: int
+    flat_start: int
+    local_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPlan:
+    """The layout of one flat of ``numel`` elements, padding included, for all ranks."""
+
+    slots: tuple[Slot, ...]
+    numel: int
+    bucket_numel: int
+    world_size: int
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.numel // self.bucket_numel)
+
+    @property
+    def local_numel(self) -> int:
+        """Elements that each rank owns: all its shards together."""
+        return self.numel // self.world_size
+
+    def bucket_range(self, bucket: int) -> tuple[int, int]:
+        """First element of a bucket in the flat, and the one after its last."""
+        start = bucket * self.bucket_numel
+        return start, min(start + self.bucket_numel, self.numel)
+
+    def shard_range(self, bucket: int, rank: int) -> tuple[int, int]:
+        """The same for the shard of ``rank`` in a bucket."""
+        start, stop = self.bucket_range(bucket)
+        shard_numel = (stop - start) // self.world_size
+        return start + rank * shard_numel, start + (rank + 1) * shard_numel
+
+    def local_range(self, bucket: int) -> tuple[int, int]:
+        """Where a shard is among the own shards put one after the other; the same for every rank."""
+        start, stop = self.bucket_range(bucket)
+        return start // self.world_size, stop // self.world_size
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """All pieces of one rank, in the order of the flat; those of one parameter adjoin among the own shards."""
+        found, first = [], 0
+        for bucket in range(self.num_buckets):
+            shard_start, shard_stop = self.shard_range(bucket, rank)
+            local_start = self.local_range(bucket)[0]
+            while first < len(self.slots) and self.slots[first].start + self.slots[first].numel <= shard_start:
+                first += 1
+            for index in range(first, len(self.slots)):
+                slot = self.slots[index]
+                start, stop = max(slot.start, shard_start), min(slot.start + slot.numel, shard_stop)
+                if slot.start >= shard_stop:
+                    break
+                if start < stop:
+                    offset = local_start + start - shard_start
+                    found.append(Piece(index, bucket, start - slot.start, stop - start, start, offset))
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The layout of all parameters: one flat for every (group, dtype, device type), in order of appearance."""
+
+    params: tuple[ParamSpec, ...]
+    flats: tuple[FlatPlan, ...]
+
+    def digest(self) -> bytes:
+        """32 bytes that are equal on two ranks if their layouts are."""
+        return hashlib.sha256(repr(self).encode()).digest()
+
+
+def _round_up(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple
+
+
+def _plan_flat(params: Sequence[ParamSpec], members: Sequence[int], world_size: int, bucket_bytes: float) -> FlatPlan:
+    slots, end = [], 0
+    for member in members:
+        slots.append(Slot(member, end, params[member].numel))
+        end += _round_up(params[member].numel, ALIGNMENT)
+    quantum = world_size * ALIGNMENT
+    wanted = int(bucket_bytes / params[members[0]].dtype.itemsize) // quantum * quantum
+    numel = _round_up(end, quantum)
+    return FlatPlan(tuple(slots), numel, min(max(wanted, quantum), max(numel, quantum)), world_size)
+
+
+def make_plan(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 25.0) -> ShardPlan:
+    """Lay out parameters over ``world_size`` ranks.
+
+    Args:
+        params: all parameters, in the same order on every rank.
+        world_size: number of ranks, at least 1.
+        bucket_cap_mb: size of a bucket in MiB, at most, but for its least size of ``world_size * ALIGNMENT`` elements.
+    """
+    members: dict[tuple[int, torch.dtype, str], list[int]] = {}
+    for index, param in enumerate(params):
+        members.setdefault((param.group, param.dtype, param.device_type), []).append(index)
+    bucket_bytes = bucket_cap_mb * 2**20
+    return ShardPlan(tuple(params), tuple(_plan_flat(params, m, world_size, bucket_bytes) for m in members.values()))
+
+
+def first_difference(ours: Sequence[ParamSpec], theirs: Sequence[ParamSpec]) -> str | None:
+    """The name of the first parameter that two layouts do not have in common, None if there is none."""
+    for one, other in zip(ours, theirs, strict=False):
+        if one != other:
+            return one.name
+    longer = ours if len(ours) > len(theirs) else theirs
+    common = min(len(ours), len(theirs))
+    return longer[common].name if len(longer) > common else None

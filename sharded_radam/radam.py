@@ -1,0 +1,244 @@
+r"""The mathematics of RAdam on 1-D tensors; nothing of this module knows of other ranks.
+
+Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", https://arxiv.org/abs/1908.03265, with the
+threshold 5 of :class:`torch.optim.RAdam`. At step t (from 1), with gradient g::
+
+    m = beta1 m + (1 - beta1) g                     bias1 = 1 - beta1^t
+    v = beta2 v + (1 - beta2) g^2                   bias2 = 1 - beta2^t
+    rho_inf = 2 / (1 - beta2) - 1                   rho = rho_inf - 2 t beta2^t / bias2
+
+    rho >  5:   p = p - lr r (m / bias1) sqrt(bias2) / (sqrt(v) + eps)                      "rectified"
+                r = sqrt((rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho))
+    rho <= 5:   p = p - lr (m / bias1)                                                      "unrectified"
+
+Three engines compute it. ``for-loop`` and ``foreach`` are torch's own functional ``radam`` and give its bits.
+``fused`` is torch's fused Adam kernel, one pass over memory, with scalars for which Adam is RAdam. Adam does
+``p = p - lr' (m / bias1) / (sqrt(v) / sqrt(bias2) + eps')``, hence:
+
+* rectified: ``lr' = lr r`` and ``eps' = eps / sqrt(bias2)``;
+* unrectified: ``lr' = lr h`` and ``eps' = h``, h being a power of two so large that ``sqrt(v)`` vanishes beside it.
+  Scaling by a power of two is exact, and the denominator is never 0, whatever eps is.
+
+Decoupled decay multiplies p by ``1 - lr' wd'``, so ``wd' = wd lr / lr'``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.radam import radam
+
+Engine = Literal["for-loop", "foreach", "fused"]
+
+CPU_CHUNK_NUMEL = 2**18
+"""On CPU the engines that need temporaries work on so many elements at a time: 1 MiB of fp32 stays in the cache."""
+
+_VANISHING = {torch.float32: 2.0**64, torch.float64: 2.0**512}
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """What a param group says of its update; ``lr`` may be a 1-element tensor."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+
+
+class Operands(NamedTuple):
+    """1-D tensors of equal length: one piece. ``master`` is the fp32 copy of a half-precision ``param``."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None = None
+
+
+class Scalars(NamedTuple):
+    """float64 scalars of a step; ``rect`` is None while unrectified."""
+
+    bias_correction1: float
+    bias_correction2: float
+    rect: float | None
+
+
+def scalars(step: int, beta1: float, beta2: float) -> Scalars:
+    """The scalars of step ``step`` (from 1), in float64: in float32 rectification begins at the wrong step."""
+    bias_correction2 = 1 - beta2**step
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / bias_correction2
+    rect = None
+    if rho > 5:
+        rect = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    return Scalars(1 - beta1**step, bias_correction2, rect)
+
+
+def update_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hyperparameters) -> None:
+    """One step of RAdam on pieces of one dtype and device (param, exp_avg, exp_avg_sq, master: modified in place).
+
+    Args:
+        operands: any number of pieces; gradients are only read.
+        engine: how to compute it.
+        step: number of this step, from 1.
+        hyper: the group's hyperparameters.
+    """
+    if not operands:
+        return
+    if operands[0].master is not None:
+        for batch in _batches(operands):
+            _update_half_(batch, engine, step, hyper)
+    elif engine == "fused":
+        _fused_(operands, step, hyper)
+    else:
+        for batch in _batches(operands):
+            _functional_(batch, engine, step, hyper)
+
+
+def _batches(operands: Sequence[Operands]) -> Iterator[list[Operands]]:
+    """The same pieces, on CPU cut and grouped so that a batch has at most CPU_CHUNK_NUMEL elements."""
+    if operands[0].param.device.type != "cpu":
+        yield list(operands)
+        return
+    batch, room = [], CPU_CHUNK_NUMEL
+    for piece in operands:
+        start, numel = 0, piece.param.numel()
+        while start < numel:
+            taken = min(room, numel - start)
+            batch.append(piece if taken == numel else _narrow(piece, start, taken))
+            start, room = start + taken, room - taken
+            if room == 0:
+                yield batch
+                batch, room = [], CPU_CHUNK_NUMEL
+    if batch:
+        yield batch
+
+
+def _narrow(piece: Operands, start: int, numel: int) -> Operands:
+    return Operands(*(None if t is None else t.narrow(0, start, numel) for t in piece))  # type: ignore[arg-type]
+
+
+def _update_half_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hyperparameters) -> None:
+    """Update the masters (modified in place) in fp32, then round them into the parameters (modified in place).
+
+    An element of the parameter that is not its rounded master was changed by somebody else (weights loaded, clamped,
+    averaged): the master then follows the parameter.
+    """
+    full = []
+    for param, grad, exp_avg, exp_avg_sq, master in operands:
+        assert master is not None
+        follow_(master, param)
+        full.append(Operands(master, grad.to(master.dtype), exp_avg, exp_avg_sq))
+    if engine == "fused":
+        _fused_(full, step, hyper)
+    else:
+        _functional_(full, engine, step, hyper)
+    for piece, updated in zip(operands, full, strict=True):
+        piece.param.copy_(updated.param)
+
+
+def follow_(master: Tensor, param: Tensor) -> None:
+    """Set the master (modified in place) to the parameter wherever it does not round to it; no host sync."""
+    torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=master)
+
+
+def _functional_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hyperparameters) -> None:
+    """torch's own functional radam; it wants, and counts up, a step tensor for each piece."""
+    params, grads, exp_avgs, exp_avg_sqs, _ = (list(column) for column in zip(*operands, strict=True))
+    radam(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        list(torch.full((len(params),), step - 1.0, dtype=torch.float64).unbind()),
+        foreach=engine == "foreach",
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        lr=hyper.lr,  # type: ignore[arg-type]
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        decoupled_weight_decay=hyper.decoupled_weight_decay,
+        maximize=hyper.maximize,
+    )
+
+
+def _fused_(operands: Sequence[Operands], step: int, hyper: Hyperparameters) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, _ = (list(column) for column in zip(*operands, strict=True))
+    first = operands[0].param
+    _, bias_correction2, rect = scalars(step, hyper.beta1, hyper.beta2)
+    if rect is None:
+        scale = eps = _VANISHING[first.dtype]
+    else:
+        scale, eps = rect, hyper.eps / math.sqrt(bias_correction2)
+    decoupled = hyper.decoupled_weight_decay and hyper.weight_decay != 0
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.full((), float(step), dtype=torch.float32, device=first.device)] * len(params),
+        lr=float(hyper.lr) * scale,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=hyper.weight_decay / scale if decoupled else hyper.weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=hyper.maximize,
+    )
+
+
+def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters) -> None:
+    """One step of RAdam whose number is on the device (param, moments, master: modified in place).
+
+    No host-device synchronisation, so that a CUDA graph can capture it. The scalars are computed in float64, unlike
+    torch's, whose float32 begins rectification at the wrong step for some beta2.
+
+    Args:
+        operands: pieces of one dtype and device.
+        step: 0-d float64 tensor on that device, the number of this step, from 1.
+        hyper: the group's hyperparameters; ``lr`` may be a tensor on that device.
+    """
+    if not operands:
+        return
+    dtype = operands[0].exp_avg.dtype
+    lr = hyper.lr.reshape(()).to(torch.float64) if isinstance(hyper.lr, Tensor) else hyper.lr
+    bias_correction1, bias_correction2 = 1 - hyper.beta1**step, 1 - hyper.beta2**step
+    rho_inf = 2 / (1 - hyper.beta2) - 1
+    rho = rho_inf - 2 * step * hyper.beta2**step / bias_correction2
+    rectified = rho > 5
+    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
+    unrectified_size = (lr / bias_correction1).to(dtype)
+    rectified_size = (lr * rect * bias_correction2.sqrt() / bias_correction1).to(dtype)
+    decay = 1 - lr * hyper.weight_decay
+    if isinstance(decay, Tensor):
+        decay = decay.to(dtype)
+    for param, grad, exp_avg, exp_avg_sq, master in operands:
+        target = param
+        if master is not None:
+            follow_(master, param)
+            target, grad = master, grad.to(master.dtype)
+        if hyper.maximize:
+            grad = -grad
+        if hyper.weight_decay != 0:
+            if hyper.decoupled_weight_decay:
+                target.mul_(decay)
+            else:
+                grad = grad.add(target, alpha=hyper.weight_decay)
+        exp_avg.lerp_(grad, 1 - hyper.beta1)
+        exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
+        # Chosen elementwise and not multiplied by 0, since 0 / 0 of an unrectified step with eps = 0 would be NaN.
+        size = torch.where(rectified, rectified_size / exp_avg_sq.sqrt().add_(hyper.eps), unrectified_size)
+        target.addcmul_(exp_avg, size, value=-1)
+        if master is not None:
+            param.copy_(master)

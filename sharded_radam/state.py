@@ -1,0 +1,204 @@
+"""State of an optimizer <-> dicts in the format of ``torch.optim.RAdam.state_dict()``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from sharded_radam.flat import Flat, unflatten
+from sharded_radam.transport import Transport
+
+_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+_NOT_WHOLE = (
+    "this is the local state_dict() of a ShardedRAdam at world size > 1: it holds only what this rank owns, and a file "
+    "of it could never be loaded again. Expected: call consolidate_state_dict(to=0) on all ranks and save the dict "
+    "that it returns on rank 0 (which the next state_dict() there returns as well)."
+)
+
+
+class LocalStateDict(dict[str, Any]):
+    """What ``state_dict()`` returns at world size > 1: for this process only, pickling is refused.
+
+    ``load_state_dict`` of the same optimizer takes it back.
+    """
+
+    def __init__(self, content: Mapping[str, Any], place: tuple[Any, ...]) -> None:
+        super().__init__(content)
+        self.place = place
+
+    def copy(self) -> LocalStateDict:
+        return LocalStateDict(self, self.place)
+
+    def __copy__(self) -> LocalStateDict:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalStateDict:
+        return LocalStateDict(deepcopy(dict(self), memo), self.place)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RuntimeError(_NOT_WHOLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The state of one parameter as found in a dict, after all checks; None where the dict has none."""
+
+    step: float
+    tensors: dict[str, Tensor] | None
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put before its parts."""
+    for prefix in _PREFIXES:
+        name = name.replace(prefix, "") if name.startswith(prefix) or "." + prefix in name else name
+    return name
+
+
+def pack_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Param groups with parameters replaced by their indices, as torch writes them."""
+    index_of: dict[int, int] = {}
+    packed, start = [], 0
+    for group in param_groups:
+        for index, param in enumerate(group["params"], start):
+            index_of.setdefault(id(param), index)
+        packed.append({key: value for key, value in group.items() if key != "params"})
+        packed[-1]["params"] = [index_of[id(param)] for param in group["params"]]
+        start += len(group["params"])
+    return packed
+
+
+def export_step(step: Tensor) -> Tensor:
+    """A step counter in torch's type; ours counts in float64, since float32 stops at 2^24."""
+    return step.detach().to(torch.get_default_dtype(), copy=True)
+
+
+def gather_flat(flat: Flat, transport: Transport, to: int) -> list[dict[str, Tensor]] | None:
+    """Collective: the whole state of a flat's slots, on CPU and shaped as the parameters, on rank ``to``; else None.
+
+    Beyond the result, the target allocates one bucket, the other ranks nothing.
+    """
+    if transport.rank != to:
+        for name, bucket in _name_and_bucket(flat):
+            transport.gather(flat.shard_state(name, bucket), None, to)
+        return None
+    found = [
+        {name: torch.empty(slot.numel, dtype=local.dtype) for name, local in flat.state.items()}
+        for slot in flat.plan.slots
+    ]
+    any_state = flat.state["exp_avg"]
+    staging = torch.empty(
+        flat.plan.bucket_numel if flat.plan.numel else 0, dtype=any_state.dtype, device=any_state.device
+    )
+    for name, bucket in _name_and_bucket(flat):
+        start, stop = flat.plan.bucket_range(bucket)
+        transport.gather(flat.shard_state(name, bucket), staging[: stop - start], to)
+        for slot, tensors in zip(flat.plan.slots, found, strict=True):
+            first, last = max(slot.start, start), min(slot.start + slot.numel, stop)
+            if first < last:
+                tensors[name][first - slot.start : last - slot.start] = staging[first - start : last - start]
+    return [
+        {name: unflatten(tensor, param) for name, tensor in tensors.items()}
+        for param, tensors in zip(flat.params, found, strict=True)
+    ]
+
+
+def _name_and_bucket(flat: Flat) -> Iterator[tuple[str, int]]:
+    return ((name, bucket) for name in flat.state for bucket in range(flat.plan.num_buckets))
+
+
+def index_state(state: Mapping[Tensor, Any], param_groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
+    """State keyed by parameter -> keyed by index, as torch writes it; other keys stay."""
+    packed = pack_groups(param_groups)
+    index_of = {
+        p: i for g, q in zip(param_groups, packed, strict=True) for p, i in zip(g["params"], q["params"], strict=True)
+    }
+    found = {index_of.get(key, key): value for key, value in state.items()}
+    return dict(sorted(found.items(), key=lambda item: item[0] if isinstance(item[0], int) else len(index_of)))
+
+
+def saved_state(param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[Tensor, Any]:
+    """What a dict has for each parameter, matched by position; None where it has nothing."""
+    groups = zip(param_groups, state_dict["param_groups"], strict=True)
+    pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=True)]
+    return {param: state_dict["state"].get(key) for param, key in pairs}
+
+
+def check_groups(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless the groups of a dict have as many parameters as ours, of the same names."""
+    if len(groups) != len(saved):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, and the optimizer "
+            f"{len(groups)}"
+        )
+    for index, (ours, theirs) in enumerate(zip(groups, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"group {index} has {len(theirs['params'])} parameters in the dict and {len(ours['params'])} in the "
+                "optimizer"
+            )
+        names = zip(ours.get("param_names", ()), theirs.get("param_names", ()), strict=False)
+        for position, (our_name, their_name) in enumerate(names):
+            if plain_name(our_name) != plain_name(their_name):
+                raise ValueError(
+                    f"parameter {position} of group {index} is '{our_name}' in the optimizer and '{their_name}' in the "
+                    "loaded state dict: build the optimizer with the parameters in the order in which they were saved"
+                )
+
+
+def read_entry(name: str, param: Tensor, shape: Sequence[int], saved: Mapping[str, Any] | None) -> Entry:
+    """Check the state that a dict has for one parameter.
+
+    Args:
+        name: of the parameter, for errors.
+        param: the parameter.
+        shape: what its moments are to have: the parameter's, or that of a rank's own elements.
+        saved: ``{"step", "exp_avg", "exp_avg_sq"}`` and perhaps ``"master"``; empty or None for a parameter that
+            never took a step.
+
+    Raises:
+        ValueError: a key is missing, not a tensor, or of another shape.
+    """
+    if not saved:
+        return Entry(0.0, None)
+    tensors = {}
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if key not in saved:
+            raise ValueError(f"loaded state of parameter '{name}' has no '{key}', only {sorted(map(str, saved))}")
+    for key in ("exp_avg", "exp_avg_sq", "master"):
+        value = saved.get(key)
+        if key == "master" and value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"loaded {key} of parameter '{name}' is no tensor but {type(value).__name__}")
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(
+                f"loaded {key} of parameter '{name}' has shape {tuple(value.shape)}, expected {tuple(shape)}"
+            )
+        if value.is_complex() and not param.is_complex():
+            raise ValueError(f"loaded {key} of parameter '{name}' is {value.dtype}, and the parameter {param.dtype}")
+        tensors[key] = value.detach()
+    step = saved["step"]
+    return Entry(float(step.item() if isinstance(step, Tensor) else step), tensors)
+
+
+def merge_groups(
+    groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The saved hyperparameters with our parameters; keys that the dict lacks get the optimizer's defaults."""
+    merged = []
+    for ours, theirs in zip(groups, saved, strict=True):
+        group = {key: deepcopy(value) for key, value in theirs.items() if key != "params"}
+        for key, value in defaults.items():
+            group.setdefault(key, value)
+        group["params"] = ours["params"]
+        if "param_names" in ours:
+            group.setdefault("param_names", ours["param_names"])
+        merged.append(group)
+    return merged

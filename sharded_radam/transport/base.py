@@ -1,0 +1,110 @@
+"""What the optimizer asks of the network, and all of it that does not depend on the backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TAG = 0x5AD0
+"""Point-to-point messages of ours carry tags from here on, apart from a user's own, which are mostly small."""
+
+
+class Handle:
+    """Communication under way; it owns the request and the tensors read and written."""
+
+    def __init__(self, work: dist.Work | None, *tensors: Tensor) -> None:
+        self._work = work
+        self._tensors = tensors
+
+    def wait(self) -> None:
+        """Return when the tensors may be used (on CUDA: by kernels launched from now on)."""
+        if self._work is not None:
+            self._work.wait()
+        self._work, self._tensors = None, ()
+
+
+class Transport(ABC):
+    """Moves shards between the ranks of one process group; all ranks make the same calls in the same order.
+
+    ``rank`` and ``world_size`` are those of the group. Tensors are contiguous, and travel as bytes: any dtype does.
+    """
+
+    name: str
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+
+    @abstractmethod
+    def all_gather(self, bucket: Tensor) -> list[Handle]:
+        """Begin to fill a 1-D bucket, in place, with each rank's shard of it; the own shard is final already."""
+
+    def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
+        """Fill ``bucket`` on rank ``to`` with the shards of all ranks; other ranks pass None."""
+        if self.rank != to:
+            self.send(shard, to)
+            return
+        assert bucket is not None
+        parts = bucket.chunk(self.world_size)
+        handles = [self._irecv(part, rank) for rank, part in enumerate(parts) if rank != to]
+        parts[to].copy_(shard)
+        for handle in handles:
+            handle.wait()
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send to one rank of the group, which calls receive."""
+        self._isend(tensor, to).wait()
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Receive into a contiguous tensor."""
+        self._irecv(tensor, source).wait()
+
+    def _isend(self, tensor: Tensor, to: int) -> Handle:
+        message = as_bytes(tensor)
+        return Handle(dist.isend(message, group=self.group, group_dst=to, tag=_TAG), message)
+
+    def _irecv(self, tensor: Tensor, source: int) -> Handle:
+        message = as_bytes(tensor)
+        return Handle(dist.irecv(message, group=self.group, group_src=source, tag=_TAG), message)
+
+    def all_gather_objects(self, item: object) -> list[Any]:
+        """Every rank's picklable object: for small things, out of the hot path."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, item, group=self.group)
+        return found
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """Mean over the ranks, out of place, real or complex; half precision is summed in fp32."""
+        wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.clone()
+        dist.all_reduce(torch.view_as_real(wide) if wide.is_complex() else wide, group=self.group)
+        return (wide / self.world_size).to(tensor.dtype)
+
+
+class Alone(Transport):
+    """One rank, or no process group at all: nothing to communicate."""
+
+    name = "none"
+
+    def __init__(self) -> None:
+        self.group = None  # type: ignore[assignment]
+        self.rank = 0
+        self.world_size = 1
+
+    def all_gather(self, bucket: Tensor) -> list[Handle]:
+        return []
+
+    def all_gather_objects(self, item: object) -> list[Any]:
+        return [item]
+
+    def average(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as 1-D uint8."""
+    return tensor.view(-1).view(torch.uint8)
