@@ -1,0 +1,100 @@
+"""Ranks for tests: a few processes, started once, that run module-level functions as the ranks of a Gloo group."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD_SIZES = (1, 2, 3, 4)
+_TIMEOUT_S = 60.0
+
+
+class RankError(AssertionError):
+    """A function failed on some ranks; the text has their tracebacks."""
+
+
+def _serve(connection: Connection) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=30),
+            )
+            torch.manual_seed(0)
+            result = function(rank, world_size, *args)
+            answer = ("ok", result)
+        except BaseException:
+            answer = ("error", traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(answer)
+
+
+_workers: list[tuple[SpawnProcess, Connection]] = []
+
+
+def _ensure(world_size: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    while len(_workers) < world_size:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        _workers.append((process, ours))
+
+
+@atexit.register
+def stop() -> None:
+    """End all ranks, also those that hang."""
+    for process, connection in _workers:
+        connection.close()
+        process.kill()
+        process.join()
+    _workers.clear()
+
+
+def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = _TIMEOUT_S) -> list[Any]:
+    """Results of ``function(rank, world_size, *args)`` on each rank.
+
+    Raises:
+        RankError: it failed, or did not end in time, on some rank.
+    """
+    _ensure(world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, (_, connection) in enumerate(_workers[:world_size]):
+            connection.send((function, args, rank, world_size, str(Path(folder) / "store")))
+        results, errors = [], []
+        for rank, (process, connection) in enumerate(_workers[:world_size]):
+            if not connection.poll(timeout):
+                errors.append(f"rank {rank} did not end in {timeout} s (alive: {process.is_alive()})")
+                continue
+            kind, value = connection.recv()
+            results.append(value)
+            if kind == "error":
+                errors.append(f"rank {rank}:\n{value}")
+    if errors:
+        stop()  # a rank may still be waiting for another
+        raise RankError("\n".join(errors))
+    return results

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sharded_radam import plan as plans
+from sharded_radam.plan import ALIGNMENT, ParamSpec, first_difference, make_plan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def spec(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, group: int = 0) -> ParamSpec:
+    return ParamSpec(name, shape, tuple(range(len(shape))), dtype, "cpu", group)
+
+
+def test_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drawing in the module's docstring, element by element."""
+    monkeypatch.setattr(plans, "ALIGNMENT", 4)
+    made = make_plan([spec("a", (7,)), spec("b", (3,)), spec("c", (2, 5))], 2, 16 * 4 / 2**20)
+    (flat,) = made.flats
+    slots, owners, buckets = ["."] * 24, [-1] * 24, [-1] * 24
+    for slot in flat.slots:
+        slots[slot.start : slot.start + slot.numel] = made.params[slot.param].name * slot.numel
+    for bucket in range(flat.num_buckets):
+        for rank in range(2):
+            start, stop = flat.shard_range(bucket, rank)
+            owners[start:stop] = [rank] * (stop - start)
+            buckets[start:stop] = [bucket] * (stop - start)
+    assert flat.numel == 24
+    assert "".join(slots) == "aaaaaaa.bbb.cccccccccc.."
+    assert "".join(map(str, buckets)) == "000000000000000011111111"
+    assert "".join(map(str, owners)) == "000000001111111100001111"
+    pieces = [(p.slot, p.bucket, p.start, p.numel, p.flat_start, p.local_start) for p in flat.pieces(1)]
+    assert pieces == [(1, 0, 0, 3, 8, 0), (2, 0, 0, 4, 12, 4), (2, 1, 8, 2, 20, 8)]
+
+
+shapes = st.lists(st.integers(0, 70), max_size=3).map(tuple) | st.integers(0, 5000).map(lambda n: (n,))
+params = st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.integers(0, 2)), max_size=12)
+
+
+@given(params, st.integers(1, 1024), st.floats(1e-6, 1.0), st.data())
+@settings(max_examples=200, deadline=None)
+def test_every_element_is_owned_once(
+    drawn: list[tuple[tuple[int, ...], torch.dtype, int]], world_size: int, cap: float, data: st.DataObject
+) -> None:
+    specs = [spec(str(i), shape, dtype, group) for i, (shape, dtype, group) in enumerate(drawn)]
+    made = make_plan(specs, world_size, cap)
+    assert sorted(slot.param for flat in made.flats for slot in flat.slots) == list(range(len(specs)))
+    # All ranks where that is quick, otherwise some: what the others own is then bounded by the tiling of shards.
+    ranks = range(world_size) if world_size <= 16 else data.draw(st.lists(st.integers(0, world_size - 1), max_size=4))
+    for flat in made.flats:
+        assert len({(specs[s.param].dtype, specs[s.param].group) for s in flat.slots}) == 1
+        assert flat.numel % (world_size * ALIGNMENT) == 0
+        assert flat.numel - sum(s.numel for s in flat.slots) < ALIGNMENT * (len(flat.slots) + world_size)
+        edges = [edge for b in range(flat.num_buckets) for r in range(world_size) for edge in flat.shard_range(b, r)]
+        assert edges[::2] == [0, *edges[1:-1:2]][: len(edges) // 2]
+        assert (edges[-1] if edges else 0) == flat.numel
+        assert all(edge % ALIGNMENT == 0 for edge in edges)
+        sizes = {
+            flat.shard_range(b, r)[1] - flat.shard_range(b, r)[0] for b in range(flat.num_buckets - 1) for r in ranks
+        }
+        assert len(sizes) <= 1
+        for slot in flat.slots:
+            assert slot.start % ALIGNMENT == 0
+        owned = [0] * flat.numel
+        for rank in ranks:
+            end = 0
+            for piece in flat.pieces(rank):
+                slot = flat.slots[piece.slot]
+                shard_start, shard_stop = flat.shard_range(piece.bucket, rank)
+                assert piece.start % ALIGNMENT == 0
+                assert piece.flat_start == slot.start + piece.start
+                assert shard_start <= piece.flat_start < piece.flat_start + piece.numel <= shard_stop
+                assert piece.start + piece.numel <= slot.numel
+                assert end <= piece.local_start
+                end = piece.local_start + piece.numel
+                assert end <= flat.local_numel
+                for element in range(piece.flat_start, piece.flat_start + piece.numel):
+                    owned[element] += 1
+        if ranks == range(world_size):
+            wanted = [0] * flat.numel
+            for slot in flat.slots:
+                wanted[slot.start : slot.start + slot.numel] = [1] * slot.numel
+            assert owned == wanted
+
+
+@given(params, st.sampled_from([1, 2, 3, 4, 7]), st.floats(1e-6, 0.1))
+@settings(max_examples=100, deadline=None)
+def test_pieces_of_a_parameter_adjoin_in_local_memory(
+    drawn: list[tuple[tuple[int, ...], torch.dtype, int]], world_size: int, cap: float
+) -> None:
+    specs = [spec(str(i), shape, dtype, group) for i, (shape, dtype, group) in enumerate(drawn)]
+    for flat in make_plan(specs, world_size, cap).flats:
+        for rank in range(world_size):
+            pieces = flat.pieces(rank)
+            for one, other in zip(pieces, pieces[1:], strict=False):
+                if one.slot == other.slot:
+                    assert one.local_start + one.numel == other.local_start
+
+
+def test_slots_do_not_depend_on_world_size_or_cap() -> None:
+    specs = [spec("a", (1000, 3)), spec("b", (7,)), spec("c", (129,))]
+    slots = {make_plan(specs, w, cap).flats[0].slots for w in (1, 2, 3, 1024) for cap in (1e-4, 1.0)}
+    assert len(slots) == 1
+
+
+def test_digest_tells_layouts_apart() -> None:
+    base = [spec("a", (2, 3)), spec("b", (4,))]
+    others = [
+        [spec("b", (4,)), spec("a", (2, 3))],
+        [spec("a", (3, 2)), spec("b", (4,))],
+        [spec("a", (2, 3)), spec("x", (4,))],
+        [spec("a", (2, 3)), spec("b", (4,), torch.float64)],
+        [spec("a", (2, 3)), spec("b", (4,), group=1)],
+        [ParamSpec("a", (2, 3), (1, 0), torch.float32, "cpu", 0), spec("b", (4,))],
+        base[:1],
+    ]
+    digests = {make_plan(specs, 2).digest() for specs in [base, *others]}
+    assert len(digests) == 1 + len(others)
+    assert make_plan(base, 2).digest() == make_plan(list(base), 2).digest()
+    assert make_plan(base, 3).digest() != make_plan(base, 2).digest()
+    assert [first_difference(base, specs) for specs in others] == ["a", "a", "b", "b", "b", "a", "b"]
+    assert first_difference(base, base) is None
+
+
+def test_nothing_to_lay_out() -> None:
+    assert make_plan([], 4).flats == ()
+    (flat,) = make_plan([spec("empty", (0, 3))], 4).flats
+    assert (flat.numel, flat.num_buckets, flat.pieces(2)) == (0, 0, ())
+
+
+def test_work_does_not_grow_with_world_size() -> None:
+    """Not a timing: the table of 1024 ranks has as many entries as that of one."""
+    specs = [spec(str(i), (1000, 768)) for i in range(148)]
+    few, many = make_plan(specs, 1).flats[0], make_plan(specs, 1024).flats[0]
+    assert len(few.slots) == len(many.slots)
+    assert len(many.pieces(1023)) <= len(few.pieces(0)) + many.num_buckets
