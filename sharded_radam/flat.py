@@ -31,17 +31,17 @@ def dim_order(tensor: Tensor) -> tuple[int, ...]:
     return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.dim()))
 
 
-def check_memory(params: Sequence[Tensor], names: Sequence[str], as_views: bool) -> None:
+def check_memory(params: Sequence[tuple[Tensor, ParamSpec]], as_views: bool) -> None:
     """Raise ValueError if parameters share elements, within one or with each other, or cannot become views."""
     extents = []
-    for param, name in zip(params, names, strict=True):
+    for param, spec in params:
         if is_dense(param):
             if param.numel() and param.data_ptr():
-                extents.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), name))
+                extents.append((param.data_ptr(), param.data_ptr() + param.nbytes, spec.name))
         elif as_views:
             raise ValueError(
-                f"parameter '{name}' with shape {tuple(param.shape)} and strides {param.stride()} does not fill its "
-                "memory densely, so it cannot become a view of a bucket: make it .contiguous(), or pass "
+                f"parameter '{spec.name}' with shape {tuple(param.shape)} and strides {param.stride()} does not fill "
+                "its memory densely, so it cannot become a view of a bucket: make it .contiguous(), or pass "
                 "parameters_as_bucket_view=False."
             )
     extents.sort()

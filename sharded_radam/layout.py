@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sharded_radam.flat import DTYPES, check_memory, dim_order
+from sharded_radam.flat import DTYPES, dim_order
 from sharded_radam.plan import ParamSpec, ShardPlan, first_difference, make_plan
 from sharded_radam.transport import Transport
 
@@ -18,16 +18,13 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 """Devices that torch has a fused Adam kernel for."""
 
 
-def describe(
-    groups: Sequence[dict[str, Any]], first_group: int, fused: bool, as_views: bool
-) -> tuple[list[Tensor], list[ParamSpec]]:
+def describe(groups: Sequence[dict[str, Any]], first_group: int, fused: bool) -> tuple[list[Tensor], list[ParamSpec]]:
     """The parameters that take part, once each, and what the layout needs to know of them.
 
     Args:
         groups: param groups that were checked by torch.
         first_group: index of the first of them in the optimizer.
         fused: whether the fused engine was asked for.
-        as_views: whether parameters are to become views.
 
     Raises:
         ValueError: a parameter that cannot be sharded, or not with its group's flags.
@@ -39,7 +36,6 @@ def describe(
             if param not in found and _takes_part(name, param, group, fused):
                 shape, order = tuple(param.shape), dim_order(param)
                 found[param] = ParamSpec(name, shape, order, param.dtype, param.device.type, index)
-    check_memory(list(found), [spec.name for spec in found.values()], as_views)
     return list(found), list(found.values())
 
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
-from sharded_radam.flat import Flat, flat_gradient
+from sharded_radam.flat import Flat, check_memory, flat_gradient
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, describe
 from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
@@ -93,6 +93,8 @@ class ShardedRAdam(RAdam, Joinable):
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB above 0")
         if fused and (foreach or differentiable):
             raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
+        if differentiable and foreach:
+            raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
         Joinable.__init__(self)
         self._options = Options(fused, bucket_cap_mb, parameters_as_bucket_view and not differentiable)
         self._flats: list[Flat] = []
@@ -149,7 +151,10 @@ class ShardedRAdam(RAdam, Joinable):
         specs: list[ParamSpec] = []
         try:
             first = len(self.param_groups) - len(groups)
-            params, specs = describe(groups, first, bool(self._options.fused), self._options.as_views)
+            params, specs = describe(groups, first, bool(self._options.fused))
+            everything = [pair for flat in self._flats for pair in zip(flat.params, flat.specs, strict=True)]
+            everything += zip(params, specs, strict=True)
+            check_memory(everything, self._options.as_views)
         except ValueError as error:
             problem = error
         self._build(agree(specs, problem, self._network, self._options.bucket_cap_mb), params)
@@ -173,7 +178,8 @@ class ShardedRAdam(RAdam, Joinable):
         return (
             f"ShardedRAdam: ranks {self._network.world_size}, parameters {num_params} ({numel} elements), "
             f"buckets {sum(flat.plan.num_buckets for flat in self._flats)}, engine {'+'.join(engines) or 'none'}, "
-            f"transport {self._network.name}, state {own_bytes} bytes per rank, replicated RAdam {replicated_bytes} bytes"
+            f"transport {self._network.name}, state {own_bytes} bytes per rank, "
+            f"replicated RAdam {replicated_bytes} bytes"
         )
 
     @property
@@ -394,7 +400,7 @@ class ShardedRAdam(RAdam, Joinable):
         ]
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
         for index, group in enumerate(groups):
-            describe([group], index, bool(self._options.fused), self._options.as_views)
+            describe([group], index, bool(self._options.fused))
         self._load(groups, entries, whole=place is None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -444,7 +450,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._transport = transport
         self._flats = []
         state = dict(self.state)
-        params, specs = describe(self.param_groups, 0, bool(self._options.fused), self._options.as_views)
+        params, specs = describe(self.param_groups, 0, bool(self._options.fused))
         self._build(make_plan(specs, transport.world_size, self._options.bucket_cap_mb), params)
         self.state.update(state)
         for flat in self._flats:

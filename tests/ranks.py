@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import datetime
+import datetime as dt
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 WORLD_SIZES = (1, 2, 3, 4)
 _TIMEOUT_S = 60.0
@@ -36,10 +37,10 @@ def _serve(connection: Connection) -> None:
         try:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store, world_size),
+                store=FileStore(store, world_size),
                 rank=rank,
                 world_size=world_size,
-                timeout=datetime.timedelta(seconds=30),
+                timeout=dt.timedelta(seconds=30),
             )
             torch.manual_seed(0)
             result = function(rank, world_size, *args)

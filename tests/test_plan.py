@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 
 import hypothesis.strategies as st
 import pytest
@@ -96,7 +97,7 @@ def test_pieces_of_a_parameter_adjoin_in_local_memory(
     for flat in make_plan(specs, world_size, cap).flats:
         for rank in range(world_size):
             pieces = flat.pieces(rank)
-            for one, other in zip(pieces, pieces[1:], strict=False):
+            for one, other in itertools.pairwise(pieces):
                 if one.slot == other.slot:
                     assert one.local_start + one.numel == other.local_start
 

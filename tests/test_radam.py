@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ is more. Measured over HYPERPARAMETERS: 0.25 for lr = 1e-3, 0.9 for lr = 0.5 (RE
 def hyperparameters(**changes: Any) -> Hyperparameters:
     beta1, beta2 = changes.pop("betas", (0.9, 0.999))
     base = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False, "maximize": False}
-    return Hyperparameters(beta1=beta1, beta2=beta2, **{**base, **changes})  # type: ignore[arg-type]
+    return Hyperparameters(beta1=beta1, beta2=beta2, **{**base, **changes})
 
 
 def gradient(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,7 +75,7 @@ def test_cuts_at_multiples_of_the_alignment_do_not_show(engine: Engine) -> None:
     cuts = [0, 64, 320, 576, 1024, NUMEL]
     for step in range(1, STEPS + 1):
         tensors = (param, gradient(step), *moments)
-        pieces = [Operands(*(t[a:b] for t in tensors)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        pieces = [Operands(*(t[a:b] for t in tensors)) for a, b in itertools.pairwise(cuts)]
         update_(pieces, engine, step, hyperparameters(weight_decay=0.1))
     assert all(map(torch.equal, [param, *moments], whole))
 
