@@ -85,6 +85,31 @@ class _Mean(torch.autograd.Function):
         return _Mean.apply(grads[0], ctx.transport), None  # type: ignore[no-untyped-call]
 
 
+class _Shared(torch.autograd.Function):
+    """A replica that each rank uses for its own elements: its derivative is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, transport: Transport) -> Tensor:
+        ctx.transport = transport
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grads[0], ctx.transport), None  # type: ignore[no-untyped-call]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, transport: Transport) -> Tensor:
+        ctx.transport = transport
+        return transport.average(tensor.contiguous()) * transport.world_size
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        mean = _Mean.apply(grads[0], ctx.transport)  # type: ignore[no-untyped-call]
+        return _Shared.apply(mean, ctx.transport), None  # type: ignore[no-untyped-call]
+
+
 def exchanges(flat: Flat, transport: Transport) -> list[Exchange]:
     """One for each slot of a flat."""
     ranges: list[list[list[tuple[int, int]]]] = [[[] for _ in range(transport.world_size)] for _ in flat.params]
@@ -110,6 +135,9 @@ def update(
     if step is not None:
         assert param.grad is not None
         grad = _Own.apply(flatten(param.grad, order), exchange).to(dtype)  # type: ignore[no-untyped-call]
+        lr = hyper.lr
+        if isinstance(lr, Tensor):
+            lr = _Shared.apply(lr, exchange.transport)  # type: ignore[no-untyped-call]
         moments = [flatten(state[name], order).clone() for name in ("exp_avg", "exp_avg_sq")]
         radam(
             [own],
@@ -121,7 +149,7 @@ def update(
             differentiable=True,
             beta1=hyper.beta1,
             beta2=hyper.beta2,
-            lr=hyper.lr,  # type: ignore[arg-type]
+            lr=lr,
             weight_decay=hyper.weight_decay,
             eps=hyper.eps,
             decoupled_weight_decay=hyper.decoupled_weight_decay,

@@ -145,12 +145,12 @@ class Flat:
     def bucket(self, index: int) -> Tensor:
         """1-D view of a bucket, padding included."""
         start, stop = self.plan.bucket_range(index)
-        return self.buffer[start:stop]
+        return self.buffer.narrow(0, start, stop - start)
 
     def shard_state(self, name: str, bucket: int) -> Tensor:
         """1-D view of the state of the own shard of a bucket."""
         start, stop = self.plan.local_range(bucket)
-        return self.state[name][start:stop]
+        return self.state[name].narrow(0, start, stop - start)
 
     def check(self) -> None:
         """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient."""
@@ -174,7 +174,7 @@ class Flat:
             for own in self.pieces[bucket]:
                 at, spec = own.piece, self.specs[own.piece.slot]
                 flat = flatten(self.params[at.slot].detach(), spec.dim_order)
-                own.param.copy_(as_real(flat[at.start : at.start + at.numel]))
+                own.param.copy_(as_real(flat.narrow(0, at.start, at.numel)))
 
     def copy_out(self) -> None:
         """Buckets to parameters, where they are not views."""
@@ -187,8 +187,8 @@ class Flat:
         order = self.specs[slot].dim_order
         for at in (own.piece for pieces in self.pieces for own in pieces if own.piece.slot == slot):
             for name, tensor in (tensors or {}).items():
-                local = self.state[name][at.local_start : at.local_start + at.numel]
-                local.copy_(flatten(tensor, order)[at.start : at.start + at.numel])
+                local = self.state[name].narrow(0, at.local_start, at.numel)
+                local.copy_(flatten(tensor, order).narrow(0, at.start, at.numel))
         self._complete_state(slot, tensors)
 
     def set_local_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
@@ -209,21 +209,22 @@ class Flat:
             for own in (own for own in pieces if own.piece.slot == slot):
                 assert own.master is not None
                 self.copy_in(bucket)
-                own.master.copy_(own.param)
+                torch._foreach_copy_([own.master], [own.param])
 
     def _take_in(self) -> None:
-        for param, window in zip(self.params, self._windows, strict=True):
-            view = unflatten(window, param)
-            view.copy_(param.detach())
+        views = [unflatten(window, param) for window, param in zip(self._windows, self.params, strict=True)]
+        torch._foreach_copy_(views, [param.detach() for param in self.params])
+        for param, view in zip(self.params, views, strict=True):
             if self.as_views and param.numel():
                 param.data = view if view.stride() == param.stride() else _restride(view, param)
 
     def _make_pieces(self) -> list[list[ShardPiece]]:
         found: list[list[ShardPiece]] = [[] for _ in range(self.plan.num_buckets)]
         for piece in self.plan.pieces(self.rank):
-            start, stop = piece.local_start, piece.local_start + piece.numel
-            local = {name: as_real(tensor[start:stop]) for name, tensor in self.state.items()}
-            param = as_real(self.buffer[piece.flat_start : piece.flat_start + piece.numel])
+            local = {
+                name: as_real(tensor.narrow(0, piece.local_start, piece.numel)) for name, tensor in self.state.items()
+            }
+            param = as_real(self.buffer.narrow(0, piece.flat_start, piece.numel))
             found[piece.bucket].append(
                 ShardPiece(piece, param, local["exp_avg"], local["exp_avg_sq"], local.get("master"))
             )

@@ -144,6 +144,7 @@ class ShardedRAdam(RAdam, Joinable):
                 self.param_groups.pop()
                 raise
 
+    @torch.no_grad()
     def _adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Lay out the parameters of the last groups and make their state; all checks come before any change."""
         problem: ValueError | None = None
@@ -441,6 +442,7 @@ class ShardedRAdam(RAdam, Joinable):
         new._restore(deepcopy(self._content(), memo), self._network)
         return new
 
+    @torch.no_grad()
     def _restore(self, content: dict[str, Any], transport: Transport) -> None:
         """Become a copy: its parameters and state are other tensors, which are laid out anew, without collectives."""
         Joinable.__init__(self)

@@ -94,14 +94,16 @@ def update_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hype
     """
     if not operands:
         return
-    if operands[0].master is not None:
-        for batch in _batches(operands):
-            _update_half_(batch, engine, step, hyper)
-    elif engine == "fused":
+    if engine == "fused" and operands[0].master is None:
         _fused_(operands, step, hyper)
-    else:
-        for batch in _batches(operands):
-            _functional_(batch, engine, step, hyper)
+        return
+    for batch in _batches(operands):
+        wide = _widen(batch)
+        if engine == "fused":
+            _fused_(wide, step, hyper)
+        else:
+            _functional_(wide, engine, step, hyper)
+        _round_(batch, wide)
 
 
 def _batches(operands: Sequence[Operands]) -> Iterator[list[Operands]]:
@@ -127,27 +129,29 @@ def _narrow(piece: Operands, start: int, numel: int) -> Operands:
     return Operands(*(None if t is None else t.narrow(0, start, numel) for t in piece))  # type: ignore[arg-type]
 
 
-def _update_half_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hyperparameters) -> None:
-    """Update the masters (modified in place) in fp32, then round them into the parameters (modified in place).
+def _widen(operands: Sequence[Operands]) -> list[Operands]:
+    """Half-precision pieces as fp32 ones: the masters in the place of the parameters; others as they are."""
+    wide = []
+    for piece in operands:
+        if piece.master is None:
+            wide.append(piece)
+        else:
+            follow_(piece.master, piece.param)
+            wide.append(Operands(piece.master, piece.grad.to(piece.master.dtype), piece.exp_avg, piece.exp_avg_sq))
+    return wide
 
-    An element of the parameter that is not its rounded master was changed by somebody else (weights loaded, clamped,
-    averaged): the master then follows the parameter.
-    """
-    full = []
-    for param, grad, exp_avg, exp_avg_sq, master in operands:
-        assert master is not None
-        follow_(master, param)
-        full.append(Operands(master, grad.to(master.dtype), exp_avg, exp_avg_sq))
-    if engine == "fused":
-        _fused_(full, step, hyper)
-    else:
-        _functional_(full, engine, step, hyper)
-    for piece, updated in zip(operands, full, strict=True):
-        piece.param.copy_(updated.param)
+
+def _round_(operands: Sequence[Operands], wide: Sequence[Operands]) -> None:
+    """Round the masters into half-precision parameters (modified in place)."""
+    if operands[0].master is not None:
+        torch._foreach_copy_([piece.param for piece in operands], [piece.param for piece in wide])
 
 
 def follow_(master: Tensor, param: Tensor) -> None:
-    """Set the master (modified in place) to the parameter wherever it does not round to it; no host sync."""
+    """Set the master (modified in place) to the parameter wherever it does not round to it.
+
+    Such an element of the parameter was changed by somebody else: weights were loaded, clamped, averaged.
+    """
     torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=master)
 
 
@@ -223,22 +227,18 @@ def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperp
     decay = 1 - lr * hyper.weight_decay
     if isinstance(decay, Tensor):
         decay = decay.to(dtype)
-    for param, grad, exp_avg, exp_avg_sq, master in operands:
-        target = param
-        if master is not None:
-            follow_(master, param)
-            target, grad = master, grad.to(master.dtype)
+    wide = _widen(operands)
+    for param, grad, exp_avg, exp_avg_sq, _ in wide:
         if hyper.maximize:
             grad = -grad
         if hyper.weight_decay != 0:
             if hyper.decoupled_weight_decay:
-                target.mul_(decay)
+                param.mul_(decay)
             else:
-                grad = grad.add(target, alpha=hyper.weight_decay)
+                grad = grad.add(param, alpha=hyper.weight_decay)
         exp_avg.lerp_(grad, 1 - hyper.beta1)
         exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
         # Chosen elementwise and not multiplied by 0, since 0 / 0 of an unrectified step with eps = 0 would be NaN.
         size = torch.where(rectified, rectified_size / exp_avg_sq.sqrt().add_(hyper.eps), unrectified_size)
-        target.addcmul_(exp_avg, size, value=-1)
-        if master is not None:
-            param.copy_(master)
+        param.addcmul_(exp_avg, size, value=-1)
+    _round_(operands, wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from sharded_radam.flat import Flat, unflatten
 from sharded_radam.transport import Transport
 
-_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 _NOT_WHOLE = (
     "this is the local state_dict() of a ShardedRAdam at world size > 1: it holds only what this rank owns, and a file "
@@ -54,10 +55,8 @@ class Entry:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put before its parts."""
-    for prefix in _PREFIXES:
-        name = name.replace(prefix, "") if name.startswith(prefix) or "." + prefix in name else name
-    return name
+    """A parameter's name without the parts that wrappers put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def pack_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

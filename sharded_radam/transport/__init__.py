@@ -41,7 +41,7 @@ def make_transport(group: dist.ProcessGroup | None, device: torch.device, name: 
             "on the ranks of its group, and give it the group that they are in"
         )
     if dist.get_world_size(group) == 1:
-        return Alone()
+        return Alone(group)
     backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
     backend = backends.get(device.type)
     if backend is None:

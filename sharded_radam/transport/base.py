@@ -90,8 +90,8 @@ class Alone(Transport):
 
     name = "none"
 
-    def __init__(self) -> None:
-        self.group = None  # type: ignore[assignment]
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group  # type: ignore[assignment]
         self.rank = 0
         self.world_size = 1
 

@@ -1,0 +1,92 @@
+"""CUDA without a GPU: fake tensors, on which reading a value from the device is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import Parameter
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sharded_radam import ShardedRAdam
+from sharded_radam.steps import Cohort
+from sharded_radam.transport import Transport
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+
+@pytest.fixture(params=[1, 2, 4])
+def world_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A group of the fake backend, which takes all collectives and sends nothing; so objects come from here."""
+    monkeypatch.setattr(Transport, "all_gather_objects", lambda self, item: [item] * self.world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
+
+
+def fake_cuda_step(dtype: torch.dtype, steps: int = 7, tensor_lr: bool = False, **flags: Any) -> ShardedRAdam:
+    with FakeTensorMode():
+        params = [Parameter(torch.zeros(shape, device="cuda", dtype=dtype)) for shape in [(70, 9), (3,), (500,)]]
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, **flags)
+        if tensor_lr:  # not at construction, where RAdam itself reads its value
+            optimizer.param_groups[0]["lr"] = torch.zeros((), device="cuda")
+        for step in range(steps):
+            for index, param in enumerate(params):
+                lacks = flags.get("capturable") and index == 0 and step % 2 == 0
+                param.grad = None if lacks else torch.zeros_like(param)
+            optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"weight_decay": 0.1, "maximize": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "foreach": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_capturable_step_never_waits_for_the_device(
+    world_size: int, dtype: torch.dtype, flags: dict[str, Any], tensor_lr: bool
+) -> None:
+    optimizer = fake_cuda_step(dtype, tensor_lr=tensor_lr, capturable=True, **flags)
+    (flat,) = optimizer._flats
+    assert optimizer._network.name == ("native" if world_size > 1 else "none")
+    counters = {id(state["step"]): state["step"] for state in optimizer.state.values()}
+    assert len(counters) == 2  # parameters with the same gradients share one
+    for counter in counters.values():
+        assert (counter.device.type, counter.dtype) == ("cuda", torch.float64)
+    assert {tensor.device.type for tensor in (flat.buffer, *flat.state.values())} == {"cuda"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_step_on_cuda_never_waits_for_the_device(
+    world_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts are on the host without capturable; here fake as well, so that their values must come from the test."""
+    steps = iter(range(1, 20))
+    monkeypatch.setattr(
+        "sharded_radam.optimizer.count_step",
+        lambda _state, params, capturable: [Cohort(next(steps), frozenset(range(len(params) - capturable)))],
+    )
+    optimizer = fake_cuda_step(dtype, fused=True)
+    assert optimizer._engine(optimizer._flats[0]) == "fused"
+
+
+def test_engine_on_cuda_is_radams_choice() -> None:
+    optimizer = fake_cuda_step(torch.float32, steps=0)
+    assert optimizer._engine(optimizer._flats[0]) == "foreach"
+
+
+def test_the_check_itself_can_fail() -> None:
+    with FakeTensorMode():
+        value = torch.zeros((), device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            value.item()

@@ -1,0 +1,96 @@
+"""Layers: what each module of the package may import of the others."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sharded_radam
+
+PACKAGE = Path(sharded_radam.__file__).parent
+
+ALLOWED = {
+    "plan": set(),
+    "radam": set(),
+    "transport.base": set(),
+    "transport.gloo": {"transport.base"},
+    "transport.native": {"transport.base"},
+    "transport": {"transport.base", "transport.gloo", "transport.native"},
+    "flat": {"plan"},
+    "steps": set(),
+    "layout": {"plan", "flat", "transport"},
+    "state": {"flat", "transport"},
+    "differentiable": {"flat", "radam", "transport"},
+    "join": {"flat", "transport"},
+    "optimizer": {
+        *("", "plan", "radam", "flat", "steps", "layout", "state", "differentiable", "join", "transport"),
+    },
+    "": {"optimizer"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what a module imports when it runs, not what it imports for types only."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(n)
+        for b in ast.walk(tree)
+        if isinstance(b, ast.If) and "TYPE_CHECKING" in ast.dump(b.test)
+        for n in ast.walk(b)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(str(node.module))
+            if node.module == "sharded_radam":
+                found |= {f"sharded_radam.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_imports_what_is_below_it_only() -> None:
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    assert modules.keys() == ALLOWED.keys()
+    for name, path in modules.items():
+        prefix = "sharded_radam"
+        ours = {found.removeprefix(prefix).removeprefix(".") for found in imports(path) if found.startswith(prefix)}
+        assert ours <= ALLOWED[name], name
+
+
+def test_only_the_transports_call_collectives() -> None:
+    calls = ("all_gather", "all_reduce", "broadcast", "isend", "irecv", "send", "recv", "reduce_scatter", "barrier")
+    for path in PACKAGE.rglob("*.py"):
+        if "transport" not in path.parts:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
+                    assert not node.attr.startswith(calls), (path, node.attr)
+
+
+def test_plan_and_radam_do_not_know_of_ranks() -> None:
+    for name in ("plan", "radam", "flat", "steps"):
+        assert not any("distributed" in found for found in imports(PACKAGE / f"{name}.py"))
+
+
+def test_import_does_not_load_what_torch_loads_lazily() -> None:
+    """torch.distributed.optim and RPC break on some builds; dynamo costs seconds."""
+    code = (
+        "import sys, sharded_radam; print([m for m in sys.modules if m.startswith(('{}', '{}', '{}', '{}'))])".format(
+            "torch.distributed.optim", "torch.distributed.rpc", "torch._dynamo.", "torch._inductor."
+        )
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    baseline = subprocess.run(
+        [sys.executable, "-c", code.replace("sharded_radam", "torch.optim")], capture_output=True, text=True, check=True
+    ).stdout
+    assert out.strip() in ("[]", baseline.strip())

@@ -1,0 +1,292 @@
+"""What travels, between whom, and what happens when ranks do not do the same."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import Parameter
+
+from sharded_radam import ShardedRAdam
+from sharded_radam.transport import make_transport
+from tests.cases import assert_same, make_params, missing_at, set_grads
+from tests.ranks import WORLD_SIZES, run
+
+COLLECTIVES = ("all_gather_single", "isend", "irecv", "all_reduce", "broadcast", "all_gather_object", "barrier")
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts the calls of torch.distributed, and the bytes sent."""
+    counts: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLLECTIVES:
+            original = getattr(dist, name)
+
+            def call(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+                counts[_name] += 1
+                if _name == "isend":
+                    counts["bytes sent"] += args[0].nbytes
+                return _original(*args, **kwargs)
+
+            patch.setattr(dist, name, call)
+        yield counts
+
+
+def check_counts(_rank: int, world_size: int) -> None:
+    for transport in ("gloo", "native"):
+        params = make_params()
+        with counted() as at_construction:
+            optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
+        assert at_construction == ({"all_gather_object": 1} if world_size > 1 else {})
+        (flat,) = optimizer._flats
+        assert flat.plan.num_buckets > 3
+        for missing in ((), missing_at(3), range(len(params))):
+            set_grads(params, 1, missing)
+            with counted() as counts:
+                optimizer.step()
+            messages = flat.plan.num_buckets * (world_size - 1)
+            if world_size == 1:
+                assert not counts
+            elif transport == "gloo":
+                sent = flat.plan.local_numel * 4 * (world_size - 1)
+                assert counts == {"isend": messages, "irecv": messages, "bytes sent": sent}
+            else:
+                assert counts == {"all_gather_single": flat.plan.num_buckets}
+        with counted() as counts:
+            optimizer.state_dict()
+            optimizer.zero_grad()
+        assert not counts
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_collectives_are_counted(world_size: int) -> None:
+    run(check_counts, world_size)
+
+
+def check_transports(_rank: int, world_size: int) -> None:
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64)
+    results = []
+    for transport in ("gloo", "native", None):
+        params = [p for dtype in dtypes for p in make_params(dtype)]
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
+        assert optimizer._network.name == ("none" if world_size == 1 else transport or "gloo")
+        for step in range(1, 8):
+            set_grads(params, step, missing_at(step))
+            optimizer.step()
+        results.append(params)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_transports_give_the_same_bits(world_size: int) -> None:
+    run(check_transports, world_size)
+
+
+def check_missing_gradients(rank: int, world_size: int) -> None:
+    """What DDP never does: gradients on some ranks only. Nothing hangs, and ranks end with equal parameters."""
+    for absent in ({0}, set(range(1, world_size)), set(range(world_size))):
+        params = make_params()
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3)
+        for step in range(1, 4):
+            set_grads(params, step, range(len(params)) if rank in absent else ())
+            if rank == 0 and params[0].grad is not None:
+                params[0].grad.fill_(float("inf"))
+            optimizer.step()
+        for param in params:
+            everyone = [torch.empty_like(param).contiguous() for _ in range(world_size)]
+            dist.all_gather(everyone, param.detach().contiguous())
+            assert all(torch.equal(other.nan_to_num(), everyone[0].nan_to_num()) for other in everyone)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradients_on_some_ranks_only_do_not_hang(world_size: int) -> None:
+    run(check_missing_gradients, world_size)
+
+
+def check_layouts(rank: int, world_size: int) -> None:
+    last = world_size - 1
+
+    def params_of(case: str) -> list[tuple[str, Parameter]]:
+        shapes = {"a": (3, 5), "b": (7,), "c": (2,)}
+        if rank == last and case == "shape":
+            shapes["b"] = (8,)
+        if rank == last and case == "count":
+            del shapes["c"]
+        found = [(name, torch.zeros(shape)) for name, shape in shapes.items()]
+        if rank == last and case == "order":
+            found = [found[1], found[0], found[2]]
+        if rank == last and case == "memory format":
+            found[0] = ("a", torch.zeros(5, 3).t())
+        if rank == last and case == "dtype":
+            found[2] = ("c", found[2][1].double())
+        return [(name, Parameter(tensor)) for name, tensor in found]
+
+    first = {"shape": "b", "count": "c", "order": "a", "memory format": "a", "dtype": "c"}
+    for case, name in first.items():
+        with pytest.raises(ValueError, match=rf"layout differs on ranks \[{last}\], first at parameter '{name}'"):
+            ShardedRAdam(params_of(case))
+    with pytest.raises(ValueError, match=rf"layout differs on ranks \[{last}\], in bucket_cap_mb"):
+        ShardedRAdam([Parameter(torch.zeros(5000))], bucket_cap_mb=25.0 if rank == last else 1e-4)
+    shared = Parameter(torch.zeros(4))
+    bad = [shared, Parameter(shared.detach())] if rank == last else [shared]
+    wanted = "share memory" if rank == last else rf"ranks \[{last}\] could not lay out their parameters"
+    with pytest.raises(ValueError, match=wanted):
+        ShardedRAdam(bad)
+    optimizer = ShardedRAdam(params_of(""))
+    with pytest.raises(ValueError, match=rf"layout differs on ranks \[{last}\], first at parameter 'd'"):
+        optimizer.add_param_group({"params": [("d", Parameter(torch.zeros(3 + (rank == last))))]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.step()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_layouts_that_differ_raise_on_every_rank(world_size: int) -> None:
+    run(check_layouts, world_size)
+
+
+def check_sub_groups(rank: int, world_size: int) -> None:
+    """Ranks of a group are not global ranks: here in reverse, or without rank 0."""
+    for members in ([r for r in range(world_size) if r % 2], list(range(1, world_size)), list(range(world_size))):
+        if not members:
+            continue
+        group = dist.new_group(members)
+        if rank not in members:
+            with pytest.raises(ValueError, match="process_group does not contain this process"):
+                ShardedRAdam(make_params(), process_group=group)
+            continue
+        ours, theirs = make_params(), make_params()
+        sharded = ShardedRAdam(ours, foreach=True, process_group=group, bucket_cap_mb=1e-3)
+        radam = torch.optim.RAdam(theirs, foreach=True)
+        for step in range(1, 9):
+            for optimizer, params in ((sharded, ours), (radam, theirs)):
+                set_grads(params, step)
+                optimizer.step()
+        assert_same(ours, theirs)
+        assert sharded._network.world_size == len(members)
+        saved = sharded.consolidate_state_dict(to=len(members) - 1)
+        assert (saved is not None) == (rank == members[-1])
+        if saved is not None:
+            assert torch.equal(saved["state"][1]["exp_avg"], radam.state[theirs[1]]["exp_avg"])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_process_group_of_some_ranks(world_size: int) -> None:
+    run(check_sub_groups, world_size)
+
+
+def check_few_elements(_rank: int, world_size: int) -> None:
+    """Fewer elements than ranks: most own nothing, and their counts go on all the same."""
+    ours, theirs = [Parameter(torch.ones(()))], [Parameter(torch.ones(()))]
+    sharded, radam = ShardedRAdam(ours, foreach=True), torch.optim.RAdam(theirs, foreach=True)
+    for step in range(1, 9):
+        for optimizer, params in ((sharded, ours), (radam, theirs)):
+            set_grads(params, step)
+            optimizer.step()
+    assert_same(ours, theirs)
+    assert sharded.state[ours[0]]["step"] == 8
+    assert sharded.state[ours[0]]["exp_avg"].numel() == (1 if world_size == 1 or sharded._network.rank == 0 else 0)
+    empty = ShardedRAdam([Parameter(torch.ones(0, 3))])
+    empty.step()
+    assert (empty.consolidate_state_dict() is None) == (sharded._network.rank != 0)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_fewer_elements_than_ranks(world_size: int) -> None:
+    run(check_few_elements, world_size)
+
+
+def check_many_buckets(_rank: int, _world_size: int) -> None:
+    """Hundreds of messages in flight arrive where they belong."""
+    params = [Parameter(torch.zeros(100_000))]
+    optimizer = ShardedRAdam(params, bucket_cap_mb=1e-6, lr=1.0)
+    assert optimizer._flats[0].plan.num_buckets > 380
+    params[0].grad = torch.arange(100_000.0)
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), -torch.arange(100_000.0))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_many_buckets_in_flight(world_size: int) -> None:
+    run(check_many_buckets, world_size)
+
+
+def check_overlap(_rank: int, _world_size: int) -> None:
+    """Bucket i travels while bucket i+1 is updated: nothing is waited for before the last update."""
+    params = make_params()
+    optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3)
+    order: list[str] = []
+    network, update = optimizer._network, optimizer._update
+    gather = network.all_gather
+
+    class Waits:
+        def __init__(self, handle: Any) -> None:
+            self.handle = handle
+
+        def wait(self) -> None:
+            order.append("wait")
+            self.handle.wait()
+
+    def gathering(bucket: torch.Tensor) -> Any:
+        order.append("gather")
+        return [Waits(handle) for handle in gather(bucket)]
+
+    def updating(*args: Any) -> None:
+        order.append("update")
+        update(*args)
+
+    set_grads(params, 1)
+    with mock.patch.object(network, "all_gather", gathering), mock.patch.object(optimizer, "_update", updating):
+        optimizer.step()
+    buckets = optimizer._flats[0].plan.num_buckets
+    assert order[: 2 * buckets] == ["update", "gather"] * buckets
+    assert set(order[2 * buckets :]) <= {"wait"}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_communication_overlaps_the_update(world_size: int) -> None:
+    run(check_overlap, world_size)
+
+
+def check_choice(rank: int, world_size: int) -> None:
+    cpu = torch.device("cpu")
+    names = {None: "gloo", "gloo": "gloo", "native": "native"}
+    for name, wanted in names.items():
+        assert make_transport(None, cpu, name).name == (wanted if world_size > 1 else "none")
+    if world_size > 1:
+        with pytest.raises(ValueError, match=r"parameters are on meta.*backends for \['cpu'"):
+            make_transport(None, torch.device("meta"), None)
+        params = [Parameter(torch.ones(2)), Parameter(torch.ones(2, device="meta"))]
+        with pytest.raises(ValueError, match=r"parameters are on \['cpu', 'meta'\]"):
+            ShardedRAdam(params)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_choice_of_transport(world_size: int) -> None:
+    run(check_choice, world_size)
+
+
+def check_dead_rank(rank: int, world_size: int) -> float:
+    """A rank that never comes to step(): the others raise when it is gone."""
+    params = make_params()
+    optimizer = ShardedRAdam(params)
+    set_grads(params, 1)
+    begin = time.perf_counter()
+    if rank == world_size - 1:
+        return 0.0  # its group is destroyed now, as by a process that ends
+    with pytest.raises(RuntimeError, match=r"[Cc]onnection|[Tt]imed out"):
+        optimizer.step()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_a_rank_that_is_gone_makes_the_others_raise(world_size: int) -> None:
+    assert max(run(check_dead_rank, world_size)) < 25
