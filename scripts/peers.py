@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import ShardedRAdam
@@ -106,3 +107,8 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit or "unknown",
     }
+
+
+def file_store(path: str, world_size: int) -> FileStore:
+    """Where the ranks of a process group of their own meet."""
+    return FileStore(path, world_size)

@@ -53,7 +53,7 @@ def make_transport(group: dist.ProcessGroup | None, device: torch.device, name: 
         raise ValueError(f"transport='gloo' needs the gloo backend for {device.type}, which has {backend!r} here")
     if name is None:
         name = "gloo" if backend == "gloo" and device.type == "cpu" else "native"
-    return _BY_NAME[name](group)
+    return _BY_NAME[name](group, device)
 
 
 def _warn_if_launched() -> None:

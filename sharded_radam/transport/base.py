@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -30,13 +31,15 @@ class Handle:
 class Transport(ABC):
     """Moves shards between the ranks of one process group; all ranks make the same calls in the same order.
 
-    ``rank`` and ``world_size`` are those of the group. Tensors are contiguous, and travel as bytes: any dtype does.
+    ``rank`` and ``world_size`` are those of the group, whose backend moves tensors of ``device``. Tensors are
+    contiguous, and travel as bytes: any dtype does.
     """
 
     name: str
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
+        self.device = device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
@@ -73,10 +76,24 @@ class Transport(ABC):
         return Handle(dist.irecv(message, group=self.group, group_src=source, tag=_TAG), message)
 
     def all_gather_objects(self, item: object) -> list[Any]:
-        """Every rank's picklable object: for small things, out of the hot path."""
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, item, group=self.group)
-        return found
+        """Every rank's picklable object: for small things, out of the hot path.
+
+        Not ``dist.all_gather_object``, which needs numpy.
+        """
+        message = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(self.device)
+        lengths = [int(row) for row in self._gather_rows(torch.tensor([message.numel()], device=self.device))]
+        padded = message.new_zeros(max(lengths))
+        padded[: message.numel()] = message
+        rows = self._gather_rows(padded)
+        return [pickle.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+    def _gather_rows(self, row: Tensor) -> Tensor:
+        """A 1-D tensor of each rank, all of one length, as the rows of a 2-D one on CPU."""
+        table = row.new_empty((self.world_size, row.numel()))
+        table[self.rank] = row
+        for handle in self.all_gather(table.view(-1)):
+            handle.wait()
+        return table.cpu()
 
     def average(self, tensor: Tensor) -> Tensor:
         """Mean over the ranks, out of place, real or complex; half precision is summed in fp32."""

@@ -1,0 +1,386 @@
+"""Train a byte-level GPT on text, with DistributedDataParallel and a choice of optimizers.
+
+    torchrun --standalone --nproc-per-node=2 launch/train.py --steps 200 --save runs/first.pt
+    torchrun --standalone --nproc-per-node=3 launch/train.py --steps 300 --resume runs/first.pt
+
+Started by torchrun (or alone, as one rank). CUDA and NCCL where there are GPUs, CPU and Gloo otherwise. The text is by
+default the source of Python's standard library; ``--data`` takes files and folders instead. Ranks read different
+sequences: ``--batch`` is that of all ranks together, so that a run can resume at another number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from sharded_radam import ShardedRAdam
+
+TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".json", ".html", ".tex"}
+
+
+# The model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What ``--layers`` and its like choose."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, normalised before."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.heads = sizes.heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(sizes.width), nn.LayerNorm(sizes.width)
+        self.qkv = nn.Linear(sizes.width, 3 * sizes.width)
+        self.attended = nn.Linear(sizes.width, sizes.width)
+        self.up = nn.Linear(sizes.width, 4 * sizes.width)
+        self.down = nn.Linear(4 * sizes.width, sizes.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attended(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(functional.gelu(self.up(self.norm_2(x))))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Next-byte prediction: 256 tokens; the weights of embedding and head are tied."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(256, sizes.width)
+        self.positions = nn.Embedding(sizes.context, sizes.width)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.norm = nn.LayerNorm(sizes.width)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, param in self.named_parameters():
+            if name.endswith(("down.weight", "attended.weight")):
+                nn.init.normal_(param, std=0.02 / math.sqrt(2 * sizes.layers))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.bytes(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = functional.linear(self.norm(x), self.bytes.weight)
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+# The text
+
+
+def read_text(paths: list[Path], limit: int) -> bytes:
+    """The bytes of all text files given or below the folders given, in the order of their paths, ``limit`` at most."""
+    files = []
+    for path in paths or [Path(sysconfig.get_paths()["stdlib"])]:
+        found = [path] if path.is_file() else path.rglob("*")
+        files += [f for f in found if f.is_file() and (f == path or f.suffix in TEXT_SUFFIXES)]
+    files = [f for f in files if "site-packages" not in f.parts or paths]
+    parts, size = [], 0
+    for file in sorted(files):
+        parts.append(file.read_bytes()[: limit - size])
+        size += len(parts[-1])
+        if size >= limit:
+            break
+    if size < 10_000:
+        raise SystemExit(f"found {size} bytes of text in {len(files)} files of {paths}: give files or folders of more")
+    return b"".join(parts)
+
+
+class Text:
+    """Sequences of a text. The last twentieth is for validation, the rest for training."""
+
+    def __init__(self, content: bytes, context: int, device: torch.device) -> None:
+        tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        cut = len(tokens) * 19 // 20
+        self.training, self.validation = tokens[:cut], tokens[cut:]
+        self.context = context
+        self.device = device
+
+    def batch(self, step: int, part: int, size: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+        """This rank's share of a batch that depends on the step and part alone, so that runs can resume."""
+        generator = torch.Generator().manual_seed(step * 1009 + part)
+        starts = torch.randint(len(self.training) - self.context - 1, (size,), generator=generator)
+        return self._take(self.training, starts.tensor_split(world_size)[rank])
+
+    def validation_batches(self, size: int, rank: int, world_size: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Up to ``limit`` batches of this rank, each with sequences that do not overlap."""
+        starts = torch.arange(0, len(self.validation) - self.context - 1, self.context)
+        for chunk in torch.split(starts[: size * world_size * limit][rank::world_size], size):
+            yield self._take(self.validation, chunk)
+
+    def _take(self, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        rows = tokens[starts[:, None] + torch.arange(self.context + 1)].long().to(self.device)
+        return rows[:, :-1], rows[:, 1:]
+
+
+# Ranks, optimizers and files
+
+
+def start() -> tuple[torch.device, int, int]:
+    """Join torchrun's process group, or be its only rank; returns device, rank and world size."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Decay for matrices, none for biases and norms."""
+    matrices = [param for param in model.parameters() if param.dim() > 1]
+    others = [param for param in model.parameters() if param.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.99), "decoupled_weight_decay": True}
+    if name == "sharded":
+        return ShardedRAdam(groups, **options)
+    if name == "radam":
+        return torch.optim.RAdam(groups, foreach=True, **options)
+    return ZeroRedundancyOptimizer(groups, torch.optim.RAdam, parameters_as_bucket_view=True, foreach=True, **options)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of optimizer state on this rank."""
+    local = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    tensors = (t for state in local.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim())
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def save(path: Path, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Collective: one file, written by rank 0, that any number of ranks can load; whole or not at all."""
+    if isinstance(optimizer, (ShardedRAdam, ZeroRedundancyOptimizer)):
+        optimizer.consolidate_state_dict(to=0)
+    failure: list[Any] = [None]
+    if dist.get_rank() == 0:
+        content = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        try:
+            write_atomically(path, content)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+            failure = [f"rank 0 could not save {path}: {error}"]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise SystemExit(failure[0])
+
+
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """The file of this name is always a whole one: the old one until the new one is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load a file on every rank; returns the step it was saved at."""
+    content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    return int(content["step"])
+
+
+# Training
+
+
+def learning_rate(step: int, options: argparse.Namespace) -> float:
+    """Linear warm-up, then half a cosine down to a tenth at ``--schedule-steps``."""
+    if step < options.warmup:
+        return float(options.lr * (step + 1) / options.warmup)
+    done = min(1.0, (step - options.warmup) / max(1, options.schedule_steps - options.warmup))
+    return float(options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done))))
+
+
+class Trainer:
+    """Model, text and optimizer of one rank."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device, self.rank, self.world_size = start()
+        if options.batch % (self.world_size * options.accumulate):
+            raise SystemExit(
+                f"--batch {options.batch} must be a multiple of ranks x --accumulate = "
+                f"{self.world_size} x {options.accumulate}"
+            )
+        torch.manual_seed(options.seed)
+        sizes = Sizes(options.layers, options.heads, options.width, options.context)
+        self.text = Text(read_text(options.data, options.data_bytes), sizes.context, self.device)
+        model = GPT(sizes).to(self.device)
+        self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(options.optimizer, self.model, options.lr, options.weight_decay)
+        self.first_step = load(options.resume, model, self.optimizer) if options.resume else 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def mean(self, value: float) -> float:
+        """Mean over the ranks."""
+        total = torch.tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32).to(self.device)
+        dist.all_reduce(total)
+        return total.item() / self.world_size
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Nats per byte of validation text."""
+        total = torch.zeros(2, device=self.device)
+        size = max(1, self.options.batch // self.world_size)
+        for tokens, targets in self.text.validation_batches(size, self.rank, self.world_size, 4):
+            with self.autocast():
+                loss = self.model.module(tokens, targets)
+            total += torch.stack([loss * len(tokens), torch.tensor(float(len(tokens)), device=self.device)])
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimization step; figures are means over the ranks."""
+        begin = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.options)
+        self.optimizer.zero_grad()
+        loss_sum = torch.zeros((), device=self.device)
+        for part in range(self.options.accumulate):
+            size = self.options.batch // self.options.accumulate
+            tokens, targets = self.text.batch(step, part, size, self.rank, self.world_size)
+            last = part == self.options.accumulate - 1
+            with contextlib.nullcontext() if last else self.model.no_sync():
+                with self.autocast():
+                    loss = self.model(tokens, targets) / self.options.accumulate
+                loss.backward()
+            loss_sum += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.synchronize()
+        stepping = time.perf_counter()
+        self.optimizer.step()
+        self.synchronize()
+        end = time.perf_counter()
+        return {
+            "loss": self.mean(loss_sum.item()),
+            "grad_norm": float(norm),
+            "lr": learning_rate(step, self.options),
+            "optimizer_ms": self.mean((end - stepping) * 1e3),
+            "tokens_per_s": self.options.batch * self.options.context / (end - begin),
+        }
+
+    def train(self) -> None:
+        """All steps, with metrics, validation and saving."""
+        options, is_main = self.options, self.rank == 0
+        log = options.metrics.open("a") if is_main and options.metrics else None
+        last = options.steps
+
+        def write(**record: Any) -> None:
+            if log:
+                print(json.dumps(record), file=log, flush=True)
+
+        def validate(step: int) -> None:
+            loss = self.validation_loss()
+            write(step=step, validation_loss=loss)
+            if is_main:
+                tqdm.write(f"step {step}: validation loss {loss:.4f} nats per byte", file=sys.stderr)
+
+        if is_main:
+            numel = sum(param.numel() for param in self.model.parameters())
+            print(
+                f"{numel / 1e6:.2f}M parameters, {len(self.text.training) / 1e6:.2f}M bytes of text, "
+                f"{self.world_size} ranks on {self.device.type}, optimizer {options.optimizer}, "
+                f"state {state_bytes(self.optimizer) / 1e6:.2f} MB per rank",
+                flush=True,
+            )
+        validate(self.first_step)
+        bar = tqdm(
+            range(self.first_step, last), initial=self.first_step, total=last, disable=not is_main, mininterval=1
+        )
+        for step in bar:
+            figures = self.step(step)
+            bar.set_postfix_str(
+                f"loss {figures['loss']:.3f}, {figures['tokens_per_s']:.0f} tokens/s, "
+                f"optimizer {figures['optimizer_ms']:.1f} ms",
+                refresh=False,
+            )
+            write(step=step + 1, **figures)
+            if (step + 1) % options.validate_every == 0 or step + 1 == last:
+                validate(step + 1)
+            if options.save and ((step + 1) % options.save_every == 0 or step + 1 == last):
+                save(options.save, self.model, self.optimizer, step + 1)
+        write(
+            step=last,
+            ranks=self.world_size,
+            optimizer=options.optimizer,
+            state_bytes=state_bytes(self.optimizer),
+            replicated_bytes=sum(2 * param.nbytes for param in self.model.parameters()),
+        )
+        if log:
+            log.close()
+        dist.destroy_process_group()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--data", type=Path, nargs="+", default=[], help="files or folders of text (default: Python's standard library)"
+    )
+    add("--data-bytes", type=int, default=20_000_000, help="read so many bytes at most")
+    add("--layers", type=int, default=4)
+    add("--heads", type=int, default=4)
+    add("--width", type=int, default=256)
+    add("--context", type=int, default=128)
+    add("--steps", type=int, default=200, help="number of the last step, counted from the very first")
+    add("--batch", type=int, default=24, help="sequences of all ranks in a step")
+    add("--accumulate", type=int, default=1, help="parts of a step's batch")
+    add("--optimizer", choices=["sharded", "radam", "zero"], default="sharded")
+    add("--lr", type=float, default=2e-3)
+    add("--weight-decay", type=float, default=0.1)
+    add("--warmup", type=int, default=20)
+    add("--schedule-steps", type=int, help="where the cosine ends (default: --steps)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--validate-every", type=int, default=100)
+    add("--save", type=Path, help="file to save to, at the end and every --save-every steps")
+    add("--save-every", type=int, default=1000)
+    add("--resume", type=Path, help="file to go on from, saved at any number of ranks")
+    add("--metrics", type=Path, help="append one JSON line a step to this file")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    options.schedule_steps = options.schedule_steps or options.steps
+    return options
+
+
+if __name__ == "__main__":
+    Trainer(parse()).train()

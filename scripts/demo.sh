@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The main job: train a GPT on real text with ShardedRAdam, save, resume at another number of ranks, and compare the
+# optimizer with ZeroRedundancyOptimizer. On a fresh machine it makes .venv first. Files are left in runs/demo.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+make_venv train
+out=runs/demo
+rm -rf "$out"
+mkdir -p "$out"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -gt 0 ]; then first=$gpus other=$(((gpus + 1) / 2)); else first=2 other=3; fi
+
+train() { # ranks, metrics file, flags
+    local ranks=$1 metrics=$2
+    shift 2
+    torchrun --standalone --nproc-per-node="$ranks" launch/train.py --schedule-steps 130 --batch $((first * other * 4)) \
+        --metrics "$out/$metrics" "$@"
+}
+
+echo "== $first ranks, 100 steps, then save"
+train "$first" first.jsonl --steps 100 --save "$out/checkpoint.pt"
+echo "== resumed on $other ranks, 30 steps more"
+train "$other" resumed.jsonl --steps 130 --resume "$out/checkpoint.pt"
+echo "== $first ranks with ZeroRedundancyOptimizer, 25 steps"
+train "$first" zero.jsonl --steps 25 --optimizer zero
+python scripts/demo_table.py "$out"

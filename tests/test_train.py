@@ -1,0 +1,157 @@
+"""The training script as users start it: real torchrun, real files, real SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "32", "--batch", "12", "--warmup", "3"]
+SMALL += ["--schedule-steps", "20", "--data-bytes", "300000", "--validate-every", "100"]
+
+
+def command(ranks: int, *flags: object) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*torchrun, "launch/train.py", *SMALL, *map(str, flags)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def train(ranks: int, *flags: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(ranks, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0 or not check, done.stdout + done.stderr
+    return done
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_saves_resumes_and_continues_at_other_world_sizes(tmp_path: Path) -> None:
+    """Resumed at the same number of ranks, bit-equal to an uninterrupted run; at another, the loss goes on."""
+    train(2, "--steps", 8, "--save", tmp_path / "8.pt", "--metrics", tmp_path / "8.jsonl")
+    train(2, "--steps", 14, "--save", tmp_path / "whole.pt", "--metrics", tmp_path / "whole.jsonl")
+    train(2, "--steps", 14, "--resume", tmp_path / "8.pt", "--save", tmp_path / "14.pt")
+    assert_equal(load(tmp_path / "14.pt"), load(tmp_path / "whole.pt"))
+    whole = [record for record in metrics(tmp_path / "whole.jsonl") if "loss" in record]
+    assert [record["step"] for record in whole] == list(range(1, 15))
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert {"loss", "grad_norm", "lr", "optimizer_ms", "tokens_per_s"} < whole[0].keys()
+    for ranks in (1, 3):
+        file = tmp_path / f"{ranks}.jsonl"
+        train(ranks, "--steps", 14, "--resume", tmp_path / "8.pt", "--metrics", file)
+        resumed = metrics(file)
+        assert resumed[0]["validation_loss"] == pytest.approx(
+            metrics(tmp_path / "8.jsonl")[-2]["validation_loss"], rel=1e-5
+        )
+        assert resumed[-1]["ranks"] == ranks
+        losses = [record["loss"] for record in resumed if "loss" in record]
+        assert losses == pytest.approx([record["loss"] for record in whole[8:]], rel=1e-4)
+
+
+def test_all_flags_and_peers(tmp_path: Path) -> None:
+    """Accumulation, autocast, other data; each optimizer's file resumes with each other optimizer."""
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_bytes(bytes(range(97, 123)) * 2000)
+    flags = ["--steps", 4, "--accumulate", 3, "--bf16", "--clip", 0.1, "--data", text]
+    losses = {}
+    for name in ("sharded", "radam", "zero"):
+        train(
+            2, *flags, "--optimizer", name, "--save", tmp_path / f"{name}.pt", "--metrics", tmp_path / f"{name}.jsonl"
+        )
+        losses[name] = [record["loss"] for record in metrics(tmp_path / f"{name}.jsonl") if "loss" in record]
+    assert losses["sharded"] == pytest.approx(losses["radam"], rel=1e-3)
+    assert losses["zero"] == pytest.approx(losses["radam"], rel=1e-3)
+    for saved, loaded in (("radam", "sharded"), ("zero", "sharded"), ("sharded", "radam"), ("sharded", "zero")):
+        train(1, "--steps", 5, "--data", text, "--resume", tmp_path / f"{saved}.pt", "--optimizer", loaded)
+    shards = [metrics(tmp_path / f"{name}.jsonl")[-1] for name in ("sharded", "radam")]
+    assert shards[0]["state_bytes"] < 0.6 * shards[1]["state_bytes"]
+    assert shards[1]["state_bytes"] == shards[1]["replicated_bytes"]
+
+
+def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
+    done = train(2, "--steps", 1, "--batch", 7, check=False)
+    assert done.returncode != 0
+    assert "--batch 7 must be a multiple of ranks x --accumulate = 2 x 1" in done.stderr
+    empty = tmp_path / "empty.txt"
+    empty.write_text("nothing")
+    done = train(1, "--steps", 1, "--data", empty, check=False)
+    assert "found 7 bytes of text in 1 files" in done.stderr
+
+
+def test_a_full_disk_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    done = train(2, "--steps", 1, "--save", "/dev/full/x.pt", check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("rank 0 could not save /dev/full/x.pt") >= 2
+    del tmp_path
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path, victim: int) -> None:
+    """kill -9 of one rank between or during saves: torchrun ends, the file is whole, and training goes on from it."""
+    file = tmp_path / "checkpoint.pt"
+    flags = ("--steps", 100_000, "--schedule-steps", 100_000, "--save", file, "--save-every", 2)
+    log = (tmp_path / "log").open("w")
+    launcher = subprocess.Popen(command(2, *flags), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    try:
+        wait_for(lambda: file.exists(), 60)
+        time.sleep(0.3 * victim)
+        ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "launch/train.py" in p.cmdline()]
+        killed = next(p for p in ranks if p.environ().get("LOCAL_RANK") == str(victim))
+        killed.send_signal(signal.SIGKILL)
+        assert launcher.wait(timeout=60) != 0
+    finally:
+        for process in psutil.Process(launcher.pid).children(recursive=True) if launcher.poll() is None else []:
+            process.kill()
+        launcher.kill()
+        log.close()
+    saved_at = load(file)["step"]
+    assert saved_at % 2 == 0
+    train(3, "--steps", saved_at + 2, "--resume", file, "--save", file, "--save-every", 1)
+    assert load(file)["step"] == saved_at + 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint.pt"]
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_alone_without_torchrun(tmp_path: Path) -> None:
+    single = [sys.executable, "launch/train.py", *SMALL, "--steps", "3", "--save", str(tmp_path / "a.pt")]
+    subprocess.run(single, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=100)
+    assert load(tmp_path / "a.pt")["step"] == 3
