@@ -346,6 +346,9 @@ class Trainer:
         )
         if log:
             log.close()
+        # DDP keeps the group alive: freed by a rank after its peers are gone, Gloo sometimes never returns.
+        del self.model, self.optimizer
+        dist.barrier()
         dist.destroy_process_group()
 
 
