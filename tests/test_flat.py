@@ -192,3 +192,20 @@ def test_weights_loaded_after_construction_reach_the_masters() -> None:
         params[0].grad = torch.ones_like(params[0])
         optimizer.step()
         torch.testing.assert_close(optimizer.state[params[0]]["master"], torch.full((70,), 5.0 - 1e-3))
+
+
+def test_huge_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large flats are mapped by us; here all are."""
+    results = []
+    for threshold in (1, 2**40):
+        monkeypatch.setattr("sharded_radam.flat._HUGE_BYTES", threshold)
+        params = make_params()
+        optimizer = ShardedRAdam(params)
+        assert not any(tensor.any() for flat in optimizer._flats for tensor in flat.state.values())
+        for step in range(1, 9):
+            set_grads(params, step)
+            optimizer.step()
+        copied = copy.deepcopy(optimizer)
+        results.append([*params, *copied.param_groups[0]["params"]])
+        del optimizer, copied
+    assert all(map(torch.equal, results[0], results[1]))
