@@ -2,53 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.algorithms.join import JoinHook, _JoinConfig
+from torch.distributed.algorithms.join import JoinHook
 
 from sharded_radam.flat import dim_order, flatten
 from sharded_radam.transport import Transport
 
-if TYPE_CHECKING:
-    from sharded_radam.optimizer import ShardedRAdam
-
 
 class ShadowSteps(JoinHook):
-    """A joined rank steps along: the others cannot update the shards whose moments only it has."""
+    """A joined rank steps along: the others cannot update the shards whose moments only it has.
 
-    def __init__(self, optimizer: ShardedRAdam) -> None:
-        self.optimizer = optimizer
+    Args:
+        step: a step of a rank without data.
+        leave: called when all ranks have run out of data.
+    """
+
+    def __init__(self, step: Callable[[], None], leave: Callable[[], None]) -> None:
+        self.step = step
+        self.leave = leave
 
     def main_hook(self) -> None:
-        self.optimizer._joined = True
-        try:
-            self.optimizer.step()
-        finally:
-            self.optimizer._joined = False
+        """Called by Join while another rank has data."""
+        self.step()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        self.optimizer._join_config = _JoinConfig(
-            enable=False, throw_on_early_termination=False, is_first_joinable=False
-        )
+        """Called by Join at its end."""
+        self.leave()
 
 
-def share_gradients(optimizer: ShardedRAdam, transport: Transport, joined: bool) -> None:
+def share_gradients(param_groups: list[dict[str, Any]], transport: Transport, joined: bool) -> None:
     """Collective: give joined ranks the gradients and hyperparameters of the first rank that still has data.
 
     DistributedDataParallel averages gradients over the ranks with data only; a joined rank has those of its last own
     iteration, and its scheduler stands still. Nothing is sent while all ranks have data, beyond who has.
     """
-    groups = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer.param_groups]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in param_groups]
+    params = [param for group in param_groups for param in group["params"]]
     news = None if joined else (groups, [param.grad is not None for param in params])
     heard = transport.all_gather_objects(news)
     active = [rank for rank, item in enumerate(heard) if item is not None]
     if not active or len(active) == transport.world_size:
         return
     if joined:
-        _take(optimizer.param_groups, params, heard[active[0]], transport, active[0])
+        _take(param_groups, params, heard[active[0]], transport, active[0])
     elif transport.rank == active[0]:
         for param in (param for param in params if param.grad is not None):
             for rank in (rank for rank, item in enumerate(heard) if item is None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
-from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
 
@@ -226,7 +226,7 @@ class ShardedRAdam(RAdam, Joinable):
         if not self._joined:
             Join.notify_join_context(self)
         if self._join_config.enable:
-            share_gradients(self, self._network, self._joined)
+            share_gradients(self.param_groups, self._network, self._joined)
         with torch.no_grad():
             cohorts = self._prepare()
         if self.defaults["differentiable"]:
@@ -277,7 +277,7 @@ class ShardedRAdam(RAdam, Joinable):
                 if at.numel != flat.plan.slots[at.slot].numel:
                     grad = grad.narrow(0, reals * at.start, reals * at.numel)
                 operands.append(Operands(own.param, grad, own.exp_avg, own.exp_avg_sq, own.master))
-        hyper = _hyperparameters(self._group(flat))
+        hyper = Hyperparameters.of(self._group(flat))
         if isinstance(cohort.step, Tensor):
             capturable_update_(operands, cohort.step, hyper)
         else:
@@ -287,7 +287,7 @@ class ShardedRAdam(RAdam, Joinable):
         """As above, recorded by autograd: state tensors are replaced, and the flat keeps copies of their values."""
         for flat, flat_cohorts in zip(self._flats, cohorts, strict=True):
             counts = {slot: int(cohort.step) for cohort in flat_cohorts for slot in cohort.slots}
-            hyper = _hyperparameters(self._group(flat))
+            hyper = Hyperparameters.of(self._group(flat))
             for slot, exchange in enumerate(autograd_step.exchanges(flat, self._network)):
                 state = self.state[flat.params[slot]]
                 autograd_step.update(flat.params[slot], state, exchange, counts.get(slot), hyper)
@@ -462,7 +462,18 @@ class ShardedRAdam(RAdam, Joinable):
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For ``torch.distributed.algorithms.Join([ddp_model, optimizer])``: ranks without data step along."""
-        return ShadowSteps(self)
+        return ShadowSteps(self._shadow_step, self._leave_join)
+
+    def _shadow_step(self) -> None:
+        self._joined = True
+        try:
+            self.step()
+        finally:
+            self._joined = False
+
+    def _leave_join(self) -> None:
+        # Join itself leaves it enabled, and later steps would go on asking who has data.
+        self._join_config = _JoinConfig(enable=False, throw_on_early_termination=False, is_first_joinable=False)
 
     @property
     def join_device(self) -> torch.device:
@@ -473,16 +484,3 @@ class ShardedRAdam(RAdam, Joinable):
     def join_process_group(self) -> dist.ProcessGroup | None:
         """The group of Join's own collectives."""
         return self._network.group
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    beta1, beta2 = group["betas"]
-    return Hyperparameters(
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-        maximize=group["maximize"],
-    )

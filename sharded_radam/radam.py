@@ -25,9 +25,9 @@ Decoupled decay multiplies p by ``1 - lr' wd'``, so ``wd' = wd lr / lr'``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,13 @@ class Hyperparameters:
     weight_decay: float
     decoupled_weight_decay: bool
     maximize: bool
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
+        """Those of a param group with RAdam's keys."""
+        beta1, beta2 = group["betas"]
+        names = ("lr", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+        return cls(beta1=beta1, beta2=beta2, **{name: group[name] for name in names})
 
 
 class Operands(NamedTuple):

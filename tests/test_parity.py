@@ -161,3 +161,29 @@ def check_tensor_lr(_rank: int, _world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_tensor_lr(world_size: int) -> None:
     run(check_tensor_lr, world_size)
+
+
+def check_padding(_rank: int, world_size: int) -> None:
+    """No update touches padding: what is put there stays, and reaches no parameter."""
+    for flags in ({"fused": True}, {"foreach": True}, {"foreach": False}):
+        params, clean = make_params(), make_params()
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, eps=0.0, **flags)  # type: ignore[arg-type]
+        (flat,) = optimizer._flats
+        is_data = torch.zeros(flat.plan.numel, dtype=torch.bool)
+        for slot in flat.plan.slots:
+            is_data[slot.start : slot.start + slot.numel] = True
+        flat.buffer[~is_data] = float("nan")
+        train(optimizer, params)
+        assert flat.buffer[~is_data].isnan().all()
+        assert (~is_data).sum() > 64
+        reference = ShardedRAdam(clean, bucket_cap_mb=1e-3, eps=0.0, **flags)  # type: ignore[arg-type]
+        train(reference, clean)
+        assert_same(params, clean)
+        own = sum(piece.numel for piece in flat.plan.pieces(optimizer._network.rank))
+        assert int((flat.state["exp_avg"] != 0).sum()) <= own
+        assert world_size * flat.plan.local_numel == flat.plan.numel
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_padding_never_sees_an_update(world_size: int) -> None:
+    run(check_padding, world_size)

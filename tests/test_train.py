@@ -155,3 +155,11 @@ def test_alone_without_torchrun(tmp_path: Path) -> None:
     single = [sys.executable, "launch/train.py", *SMALL, "--steps", "3", "--save", str(tmp_path / "a.pt")]
     subprocess.run(single, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=100)
     assert load(tmp_path / "a.pt")["step"] == 3
+
+
+def test_with_all_checks_of_torch_distributed(tmp_path: Path) -> None:
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL wraps process groups, and compares collectives between ranks."""
+    detail = {**environment(), "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    flags = ("--steps", 2, "--save", tmp_path / "a.pt")
+    subprocess.run(command(2, *flags), cwd=ROOT, env=detail, check=True, capture_output=True, timeout=100)
+    assert load(tmp_path / "a.pt")["step"] == 2

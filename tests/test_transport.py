@@ -40,7 +40,7 @@ def counted() -> Iterator[Counter[str]]:
         yield counts
 
 
-def check_counts(_rank: int, world_size: int) -> None:
+def check_counts(rank: int, world_size: int) -> None:
     for transport in ("gloo", "native"):
         params = make_params()
         with counted() as at_construction:
@@ -63,6 +63,14 @@ def check_counts(_rank: int, world_size: int) -> None:
                 assert counts == {"isend": messages, "irecv": messages, "bytes sent": sent}
             else:
                 assert counts == {"all_gather_single": flat.plan.num_buckets}
+        with counted() as counts:
+            optimizer.consolidate_state_dict(to=world_size - 1)
+        # Moments travel as they are, bucket by bucket, to one rank; nothing is pickled or broadcast.
+        messages, sends = 2 * flat.plan.num_buckets, rank != world_size - 1
+        if sends:
+            assert counts == {"isend": messages, "bytes sent": 2 * flat.plan.local_numel * 4}
+        else:
+            assert counts == ({"irecv": messages * (world_size - 1)} if world_size > 1 else {})
         with counted() as counts:
             optimizer.state_dict()
             optimizer.zero_grad()
@@ -157,7 +165,7 @@ def test_layouts_that_differ_raise_on_every_rank(world_size: int) -> None:
 
 
 def check_sub_groups(rank: int, world_size: int) -> None:
-    """Ranks of a group are not global ranks: here in reverse, or without rank 0."""
+    """Ranks of a group are not global ranks: here they are without rank 0, too."""
     for members in ([r for r in range(world_size) if r % 2], list(range(1, world_size)), list(range(world_size))):
         if not members:
             continue

@@ -1,0 +1,42 @@
+"""The code of README.md, run as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.ranks import WORLD_SIZES, run
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
+    code = code.replace("checkpoint.pt", f"{folder}/checkpoint.pt")
+    train = "for _ in range(7):\n    model(torch.ones(5, 3)).sum().backward(); optimizer.step(); optimizer.zero_grad()"
+    code = re.sub(r"^\.\.\.  .*$", train, code, flags=re.MULTILINE)
+    names: dict[str, Any] = {
+        "model": nn.Linear(3, 200),
+        "torch": torch,
+        "dist": dist,
+        "DistributedDataParallel": DistributedDataParallel,
+    }
+    exec(code, names)
+    dist.barrier()
+    resume = re.findall(r"`(optimizer\.load_state_dict\(.*?)`", README.read_text())[0]
+    exec(resume.replace("checkpoint.pt", f"{folder}/checkpoint.pt"), names)
+    saved = torch.load(f"{folder}/checkpoint.pt", weights_only=True)
+    torch.optim.RAdam(nn.Linear(3, 200).parameters()).load_state_dict(saved["optimizer"])
+    assert {int(state["step"]) for state in names["optimizer"].state.values()} == {7}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_code_of_the_readme(tmp_path: Path, world_size: int) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    run(check_code, world_size, code, str(tmp_path))
