@@ -57,6 +57,16 @@ def check_memory(params: Sequence[tuple[Tensor, ParamSpec]], as_views: bool) -> 
             )
 
 
+def check_device(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if parameters are on several devices."""
+    devices = sorted({str(param.device) for param in params})
+    if len(devices) > 1:
+        raise ValueError(
+            f"parameters are on {devices}: at world size > 1 one optimizer shards parameters of one device; use one "
+            "optimizer for each device"
+        )
+
+
 def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """All elements as 1-D, dimensions nested in ``order``; a view where the memory allows it, otherwise a copy."""
     contiguous = tensor.dim() < 2 or all(dim == index for index, dim in enumerate(order))

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
-from sharded_radam.flat import Flat, check_memory, flat_gradient
+from sharded_radam.flat import Flat, check_device, check_memory, flat_gradient
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, describe
 from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
@@ -119,15 +119,7 @@ class ShardedRAdam(RAdam, Joinable):
             logger.info("%s", self._summary())
 
     def _device(self) -> torch.device:
-        params = [param for group in self.param_groups for param in group["params"]]
-        devices = {param.device for param in params}
-        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if len(devices) > 1 and world_size > 1:
-            raise ValueError(
-                f"parameters are on {sorted(map(str, devices))}: at world size > 1 one optimizer shards parameters of "
-                "one device; use one optimizer for each device"
-            )
-        return params[0].device if params else torch.device("cpu")
+        return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``; collective, as construction is.
@@ -138,7 +130,6 @@ class ShardedRAdam(RAdam, Joinable):
         super().add_param_group(param_group)
         if self._transport is not None:  # otherwise the constructor of the base class is adding the first groups
             try:
-                self._device()
                 self._adopt(self.param_groups[-1:])
             except BaseException:
                 self.param_groups.pop()
@@ -156,6 +147,8 @@ class ShardedRAdam(RAdam, Joinable):
             everything = [pair for flat in self._flats for pair in zip(flat.params, flat.specs, strict=True)]
             everything += zip(params, specs, strict=True)
             check_memory(everything, self._options.as_views)
+            if self._network.world_size > 1:
+                check_device([param for param, _ in everything])
         except ValueError as error:
             problem = error
         self._build(agree(specs, problem, self._network, self._options.bucket_cap_mb), params)

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
@@ -278,6 +280,10 @@ def check_choice(rank: int, world_size: int) -> None:
         params = [Parameter(torch.ones(2)), Parameter(torch.ones(2, device="meta"))]
         with pytest.raises(ValueError, match=r"parameters are on \['cpu', 'meta'\]"):
             ShardedRAdam(params)
+    mesh = init_device_mesh("cpu", (world_size,))
+    sharded = Parameter(distribute_tensor(torch.ones(8, 3), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match=r"'w' is a .*use torch\.optim\.RAdam with FSDP2"):
+        ShardedRAdam([("w", sharded)])
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
