@@ -162,6 +162,9 @@ class Flat:
         self._windows = [_window(self.buffer, slot.start, slot.numel) for slot in plan.slots]
         self._take_in()
         self.pieces = self._make_pieces()
+        self._pieces_of: list[list[ShardPiece]] = [[] for _ in self.params]
+        for own in (own for pieces in self.pieces for own in pieces):
+            self._pieces_of[own.piece.slot].append(own)
         self.local_state = self._make_local_state()
         for slot in range(len(plan.slots)):
             self._complete_state(slot, None)
@@ -200,9 +203,12 @@ class Flat:
         """Parameters to the own shard, where they are not views."""
         if not self.as_views:
             for own in self.pieces[bucket]:
-                at, spec = own.piece, self.specs[own.piece.slot]
-                flat = flatten(self.params[at.slot].detach(), spec.dim_order)
-                own.param.copy_(as_real(flat.narrow(0, at.start, at.numel)))
+                self._copy_in(own)
+
+    def _copy_in(self, own: ShardPiece) -> None:
+        at = own.piece
+        flat = flatten(self.params[at.slot].detach(), self.specs[at.slot].dim_order)
+        own.param.copy_(as_real(flat.narrow(0, at.start, at.numel)))
 
     def copy_out(self) -> None:
         """Buckets to parameters, where they are not views."""
@@ -213,7 +219,7 @@ class Flat:
     def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy the own elements of a parameter's whole state, or zeros; masters from the parameter if it has none."""
         order = self.specs[slot].dim_order
-        for at in (own.piece for pieces in self.pieces for own in pieces if own.piece.slot == slot):
+        for at in (own.piece for own in self._pieces_of[slot]):
             for name, tensor in (tensors or {}).items():
                 local = self.state[name].narrow(0, at.local_start, at.numel)
                 local.copy_(flatten(tensor, order).narrow(0, at.start, at.numel))
@@ -233,11 +239,11 @@ class Flat:
             self._reset_master(slot)
 
     def _reset_master(self, slot: int) -> None:
-        for bucket, pieces in enumerate(self.pieces):
-            for own in (own for own in pieces if own.piece.slot == slot):
-                assert own.master is not None
-                self.copy_in(bucket)
-                torch._foreach_copy_([own.master], [own.param])
+        for own in self._pieces_of[slot]:
+            assert own.master is not None
+            if not self.as_views:
+                self._copy_in(own)
+            torch._foreach_copy_([own.master], [own.param])
 
     def _take_in(self) -> None:
         views = [unflatten(window, param) for window, param in zip(self._windows, self.params, strict=True)]
@@ -259,13 +265,11 @@ class Flat:
         return found
 
     def _make_local_state(self) -> list[dict[str, Tensor]]:
-        extents = dict.fromkeys(range(len(self.params)), (0, 0))
-        for at in (own.piece for pieces in self.pieces for own in pieces):
-            start, numel = extents[at.slot]
-            extents[at.slot] = (start if numel else at.local_start, numel + at.numel)
         found = []
-        for slot, param in enumerate(self.params):
-            windows = {name: _window(local, *extents[slot]) for name, local in self.state.items()}
+        for param, pieces in zip(self.params, self._pieces_of, strict=True):
+            start = pieces[0].piece.local_start if pieces else 0
+            numel = sum(own.piece.numel for own in pieces)  # they adjoin
+            windows = {name: _window(local, start, numel) for name, local in self.state.items()}
             if self.plan.world_size == 1:
                 windows = {name: unflatten(window, param) for name, window in windows.items()}
             found.append(windows)

@@ -382,6 +382,7 @@ class ShardedRAdam(RAdam, Joinable):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        states.check_keys(state_dict)
         saved_groups = state_dict["param_groups"]
         states.check_groups(self.param_groups, saved_groups)
         by_param = states.saved_state(self.param_groups, state_dict)
@@ -427,7 +428,7 @@ class ShardedRAdam(RAdam, Joinable):
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._restore(state, Alone())
+        self._restore(state, self.__dict__.get("_transport") or Alone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRAdam:
         new = type(self).__new__(type(self))

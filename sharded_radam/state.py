@@ -128,6 +128,12 @@ def saved_state(param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str,
     return {param: state_dict["state"].get(key) for param, key in pairs}
 
 
+def check_keys(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a dict has what an optimizer's state_dict() has."""
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(f"loaded state dict has no {sorted(missing)}, only {sorted(map(str, state_dict))}")
+
+
 def check_groups(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError unless the groups of a dict have as many parameters as ours, of the same names."""
     if len(groups) != len(saved):

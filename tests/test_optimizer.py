@@ -353,6 +353,16 @@ def test_state_that_somebody_replaced_is_followed() -> None:
     assert_same(ours, theirs)
 
 
+def test_setstate_of_a_living_optimizer() -> None:
+    """An idiom to reset the state."""
+    sharded, ours, radam, theirs = pair()
+    both_step(7, sharded, ours, radam, theirs)
+    for optimizer in (sharded, radam):
+        optimizer.__setstate__({"state": defaultdict(dict), "param_groups": optimizer.param_groups})  # type: ignore[no-untyped-call]
+    both_step(7, sharded, ours, radam, theirs, first=8)
+    assert_same(ours, theirs)
+
+
 def test_state_exists_from_construction() -> None:
     params = make_params()
     optimizer = ShardedRAdam(params)

@@ -322,6 +322,7 @@ def errors(saved: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
             {"state": {**state, 1: {"momentum_buffer": torch.zeros(257, 3)}}, "param_groups": groups},
             r"'p1' has no 'step', only \['momentum_buffer'\]",
         ),
+        "a whole checkpoint": ({"model": {}, "optim": saved}, r"has no \['param_groups', 'state'\], only \['model'"),
         "groups": ({"state": state, "param_groups": groups * 2}, "number of parameter groups: 2, and the optimizer 1"),
         "params": (
             {"state": state, "param_groups": [{**groups[0], "params": [0, 1]}]},
