@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
+from sharded_radam.ranges import RangeTensor
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -183,6 +184,21 @@ class Flat:
         start, stop = self.plan.local_range(bucket)
         return self.state[name].narrow(0, start, stop - start)
 
+    def range_tensors(self, slot: int) -> dict[str, RangeTensor]:
+        """The state of a slot as tensors of the parameter's shape, with the own elements: live views."""
+        spec, found = self.specs[slot], {}
+        for name, local in self.state.items():
+            pieces = [(at.start, local.narrow(0, at.local_start, at.numel)) for at in self._own(slot)]
+            found[name] = RangeTensor(spec.shape, pieces, spec.dim_order, local.dtype, local.device)
+        return found
+
+    def spans(self, slot: int) -> list[tuple[int, int]]:
+        """The ranges of a parameter's elements that the rank owns, in memory order."""
+        return [(at.start, at.start + at.numel) for at in self._own(slot)]
+
+    def _own(self, slot: int) -> list[Piece]:
+        return [own.piece for own in self._pieces_of[slot]]
+
     def check(self) -> None:
         """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient."""
         for index, place in self._reassigned.items():
@@ -217,12 +233,18 @@ class Flat:
                 param.detach().copy_(unflatten(window, param))
 
     def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
-        """Copy the own elements of a parameter's whole state, or zeros; masters from the parameter if it has none."""
+        """Copy the own elements of a parameter's state, or zeros; masters from the parameter if it has none.
+
+        Tensors are whole, or range tensors of the own ranges.
+        """
         order = self.specs[slot].dim_order
-        for at in (own.piece for own in self._pieces_of[slot]):
-            for name, tensor in (tensors or {}).items():
+        for name, tensor in (tensors or {}).items():
+            ranges = dict(tensor.pieces) if isinstance(tensor, RangeTensor) else None
+            for at in self._own(slot):
                 local = self.state[name].narrow(0, at.local_start, at.numel)
-                local.copy_(flatten(tensor, order).narrow(0, at.start, at.numel))
+                local.copy_(
+                    flatten(tensor, order).narrow(0, at.start, at.numel) if ranges is None else ranges[at.start]
+                )
         self._complete_state(slot, tensors)
 
     def set_local_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:

@@ -295,7 +295,8 @@ class ShardedRAdam(RAdam, Joinable):
             if isinstance(state.get("step"), Tensor) and (ours or self.defaults["differentiable"]):
                 continue
             shape = views["exp_avg"].shape
-            entry = states.read_entry(flat.specs[slot].name, param, shape, state if "step" in state else None)
+            saved = state if "step" in state else None
+            entry = states.read_entry(flat.specs[slot].name, param, shape, flat.spans(slot), saved)
             flat.set_local_state(slot, entry.tensors)
             state.update(views)
             set_counts(self.state, [param], [entry.step], self._counter_device(flat))
@@ -336,8 +337,9 @@ class ShardedRAdam(RAdam, Joinable):
         """The state of this process; never collective.
 
         After ``consolidate_state_dict`` on its target rank, the consolidated dict, once. Otherwise with one rank what
-        RAdam returns. With several ranks a dict of this rank's elements only, which ``load_state_dict`` of this
-        optimizer takes back, and which refuses to be pickled.
+        RAdam returns. With several ranks the moments are :class:`~sharded_radam.ranges.RangeTensor` with this rank's
+        elements: live views, which ``load_state_dict`` takes back and torch.distributed.checkpoint saves and loads at
+        any world size, and which refuse to be pickled.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -350,34 +352,27 @@ class ShardedRAdam(RAdam, Joinable):
         return state_dict
 
     def _local_state_dict(self) -> dict[str, Any]:
-        found = {}
-        for param, state in self.state.items():
-            found[param] = {**state, "step": states.export_step(state["step"])} if "step" in state else state
-        packed = {
+        found: dict[Tensor, Any] = dict(self.state)
+        for flat in self._flats:
+            for slot, param in enumerate(flat.params):
+                tensors = flat.range_tensors(slot) if self._network.world_size > 1 else {}
+                state = {**self.state[param], **tensors}
+                found[param] = {**state, "step": states.export_step(state["step"])} if "step" in state else state
+        return {
             "state": states.index_state(found, self.param_groups),
             "param_groups": states.pack_groups(self.param_groups),
         }
-        if self._network.world_size == 1:
-            return packed
-        return states.LocalStateDict(packed, self._place())
-
-    def _place(self) -> tuple[Any, ...]:
-        """Two optimizers for which this is equal own the same elements."""
-        return self._network.rank, tuple((flat.plan, tuple(flat.specs)) for flat in self._flats)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a consolidated state, at any world size: each rank copies its own elements.
 
         Args:
             state_dict: from ``consolidate_state_dict``, ``torch.optim.RAdam.state_dict()``, or
-                ``ZeroRedundancyOptimizer(RAdam).state_dict()``; or a local one that this optimizer made. Not changed.
+                ``ZeroRedundancyOptimizer(RAdam).state_dict()``; or this optimizer's own local one. Not changed.
 
         Raises:
             ValueError: other groups, names or shapes than this optimizer's; nothing is changed then.
         """
-        place = state_dict.place if isinstance(state_dict, states.LocalStateDict) else None
-        if place is not None and place != self._place():
-            raise ValueError("loaded local state_dict() is of another rank or layout: load a consolidated one")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -388,27 +383,24 @@ class ShardedRAdam(RAdam, Joinable):
         by_param = states.saved_state(self.param_groups, state_dict)
         entries = [
             [
-                states.read_entry(spec.name, param, views["exp_avg"].shape if place else param.shape, by_param[param])
-                for param, spec, views in zip(flat.params, flat.specs, flat.local_state, strict=True)
+                states.read_entry(spec.name, param, param.shape, flat.spans(slot), by_param[param])
+                for slot, (param, spec) in enumerate(zip(flat.params, flat.specs, strict=True))
             ]
             for flat in self._flats
         ]
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
         for index, group in enumerate(groups):
             describe([group], index, bool(self._options.fused))
-        self._load(groups, entries, whole=place is None)
+        self._load(groups, entries)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry]], whole: bool) -> None:
+    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry]]) -> None:
         self.param_groups = groups
         self._consolidated = None
         for flat, flat_entries in zip(self._flats, entries, strict=True):
             for slot, entry in enumerate(flat_entries):
-                if whole:
-                    flat.set_state(slot, entry.tensors)
-                else:
-                    flat.set_local_state(slot, entry.tensors)
+                flat.set_state(slot, entry.tensors)
                 self.state[flat.params[slot]].update(flat.local_state[slot])
             counts = [entry.step for entry in flat_entries]
             set_counts(self.state, flat.params, counts, self._counter_device(flat))

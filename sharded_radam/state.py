@@ -6,44 +6,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharded_radam.flat import Flat, unflatten
+from sharded_radam.ranges import RangeTensor
 from sharded_radam.transport import Transport
 
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.")
-
-_NOT_WHOLE = (
-    "this is the local state_dict() of a ShardedRAdam at world size > 1: it holds only what this rank owns, and a file "
-    "of it could never be loaded again. Expected: call consolidate_state_dict(to=0) on all ranks and save the dict "
-    "that it returns on rank 0 (which the next state_dict() there returns as well)."
-)
-
-
-class LocalStateDict(dict[str, Any]):
-    """What ``state_dict()`` returns at world size > 1: for this process only, pickling is refused.
-
-    ``load_state_dict`` of the same optimizer takes it back.
-    """
-
-    def __init__(self, content: Mapping[str, Any], place: tuple[Any, ...]) -> None:
-        super().__init__(content)
-        self.place = place
-
-    def copy(self) -> LocalStateDict:
-        return LocalStateDict(self, self.place)
-
-    def __copy__(self) -> LocalStateDict:
-        return self.copy()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LocalStateDict:
-        return LocalStateDict(deepcopy(dict(self), memo), self.place)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise RuntimeError(_NOT_WHOLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +97,9 @@ def saved_state(param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str,
     """What a dict has for each parameter, matched by position; None where it has nothing."""
     groups = zip(param_groups, state_dict["param_groups"], strict=True)
     pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=True)]
-    return {param: state_dict["state"].get(key) for param, key in pairs}
+    state = state_dict["state"]
+    # torch.distributed.checkpoint makes strings of the numbers.
+    return {param: state.get(key, state.get(str(key))) for param, key in pairs}
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> None:
@@ -157,18 +131,21 @@ def check_groups(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, 
                 )
 
 
-def read_entry(name: str, param: Tensor, shape: Sequence[int], saved: Mapping[str, Any] | None) -> Entry:
+def read_entry(
+    name: str, param: Tensor, shape: Sequence[int], spans: Sequence[tuple[int, int]], saved: Mapping[str, Any] | None
+) -> Entry:
     """Check the state that a dict has for one parameter.
 
     Args:
         name: of the parameter, for errors.
         param: the parameter.
         shape: what its moments are to have: the parameter's, or that of a rank's own elements.
+        spans: the rank's own ranges of elements, which a range tensor must have.
         saved: ``{"step", "exp_avg", "exp_avg_sq"}`` and perhaps ``"master"``; empty or None for a parameter that
             never took a step.
 
     Raises:
-        ValueError: a key is missing, not a tensor, or of another shape.
+        ValueError: a key is missing, not a tensor, of another shape, or of another rank's elements.
     """
     if not saved:
         return Entry(0.0, None)
@@ -185,6 +162,12 @@ def read_entry(name: str, param: Tensor, shape: Sequence[int], saved: Mapping[st
         if tuple(value.shape) != tuple(shape):
             raise ValueError(
                 f"loaded {key} of parameter '{name}' has shape {tuple(value.shape)}, expected {tuple(shape)}"
+            )
+        if isinstance(value, RangeTensor) and value.spans() != list(spans):
+            raise ValueError(
+                f"loaded {key} of parameter '{name}' has the elements {value.spans()}, and this rank owns "
+                f"{list(spans)}: a local state_dict() is for the rank, layout and world size that it is from; load a "
+                "consolidated one, or load with torch.distributed.checkpoint"
             )
         if value.is_complex() and not param.is_complex():
             raise ValueError(f"loaded {key} of parameter '{name}' is {value.dtype}, and the parameter {param.dtype}")

@@ -18,10 +18,11 @@ ALLOWED = {
     "transport.gloo": {"transport.base"},
     "transport.native": {"transport.base"},
     "transport": {"transport.base", "transport.gloo", "transport.native"},
-    "flat": {"plan"},
+    "ranges": set(),
+    "flat": {"plan", "ranges"},
     "steps": set(),
     "layout": {"plan", "flat", "transport"},
-    "state": {"flat", "transport"},
+    "state": {"flat", "ranges", "transport"},
     "differentiable": {"flat", "radam", "transport"},
     "join": {"flat", "transport"},
     "optimizer": {

@@ -17,7 +17,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.state import LocalStateDict, plain_name
+from sharded_radam.ranges import RangeTensor
+from sharded_radam.state import plain_name
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_flat import Allocations
@@ -154,9 +155,12 @@ def check_local(rank: int, world_size: int) -> None:
     if rank == 0:  # not collective: one rank alone may call it
         optimizer.state_dict()
     local = optimizer.state_dict()
-    assert isinstance(local, LocalStateDict) == (world_size > 1)
+    kinds = {type(state["exp_avg"]) for state in local["state"].values()}
+    assert kinds == {RangeTensor if world_size > 1 else Tensor}
+    shapes = [state["exp_avg"].shape for state in local["state"].values()]
+    assert shapes == [param.shape for param in params]
     assert local.keys() == {"state", "param_groups"}
-    numel = sum(state["exp_avg"].numel() for state in local["state"].values())
+    numel = sum(state["exp_avg"].numel() for state in optimizer.state.values())
     assert numel <= -(-sum(p.numel() for p in params) // world_size) + 64 * (len(params) + world_size)
     snapshot = copy.deepcopy(local)
     end = [param.detach().clone() for param in params]
@@ -175,8 +179,8 @@ def check_local(rank: int, world_size: int) -> None:
             write()
     with pytest.raises(RuntimeError, match=r"cannot be pickled: save what consolidate_state_dict"):
         pickle.dumps(optimizer)
-    other = ShardedRAdam(make_params())
-    with pytest.raises(ValueError, match="another rank or layout"):
+    other, _ = make(25.0)
+    with pytest.raises(ValueError, match=r"has the elements .*, and this rank owns"):
         other.load_state_dict(local)
     with pytest.raises(ValueError, match=f"to={world_size}: expected a rank of the group, 0 to {world_size - 1}"):
         optimizer.consolidate_state_dict(to=world_size)

@@ -1,0 +1,214 @@
+"""Range tensors: their geometry, what may be done with them, and torch.distributed.checkpoint with them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_radam import ShardedRAdam
+from sharded_radam.ranges import RangeTensor, boxes
+from tests.cases import assert_same, set_grads
+from tests.ranks import WORLD_SIZES, run
+
+SAVED_AT, END = 8, 13
+
+
+def test_drawing() -> None:
+    """The drawing in the module's docstring."""
+    found = [(tuple(box.offsets), tuple(box.sizes), box.start) for box in boxes((4, 6), 5, 22)]
+    assert found == [((0, 5), (1, 1), 5), ((1, 0), (2, 6), 6), ((3, 0), (1, 4), 18)]
+
+
+@given(st.lists(st.integers(1, 6), max_size=5).map(tuple), st.data())
+@settings(max_examples=300, deadline=None)
+def test_boxes_hold_a_range_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
+    numel = math.prod(shape)
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    elements = torch.arange(numel).view(shape)
+    found = boxes(shape, start, stop)
+    seen = []
+    for box in found:
+        part = elements[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))]
+        assert part.is_contiguous() or part.numel() == 1
+        assert part.reshape(-1)[0] == box.start
+        seen.append(part.reshape(-1))
+    assert torch.equal(torch.cat([elements.reshape(-1)[:0], *seen]), torch.arange(start, stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+@given(st.permutations([0, 1, 2]), st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_shards_are_views_in_the_order_of_dimensions(order: list[int], one: int, other: int) -> None:
+    """Also where memory has another order of dimensions than the shape, as in channels_last."""
+    start, stop = sorted((one, other))
+    whole = torch.arange(60.0).view([(3, 4, 5)[dim] for dim in order])
+    logical = whole.permute(sorted(range(3), key=order.__getitem__))
+    piece = torch.arange(60.0)[start:stop]
+    tensor = RangeTensor((3, 4, 5), [(start, piece)], order, piece.dtype, piece.device)
+    count = 0
+    for offsets, (sizes, view) in tensor._boxes().items():
+        at = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+        assert torch.equal(view, logical[at])
+        assert view.untyped_storage().data_ptr() == piece.untyped_storage().data_ptr()
+        count += view.numel()
+    assert count == stop - start
+
+
+def test_what_may_be_done_with_a_range_tensor() -> None:
+    piece = torch.arange(6.0)
+    tensor = RangeTensor((3, 4), [(2, piece)], (0, 1), piece.dtype, piece.device)
+    assert (tuple(tensor.shape), tensor.spans(), tensor.dtype) == ((3, 4), [(2, 8)], torch.float32)
+    assert str(tensor) == "RangeTensor((3, 4), [(2, 8)])"
+    detached = tensor.detach()
+    assert isinstance(detached, RangeTensor)
+    assert detached.pieces[0][1].data_ptr() == piece.data_ptr()
+    for copied in (tensor.clone(), copy.deepcopy(tensor), tensor.to(torch.float64), tensor.cpu().clone()):
+        assert isinstance(copied, RangeTensor)
+        assert copied.pieces[0][1].data_ptr() != piece.data_ptr()
+        assert torch.equal(copied.pieces[0][1].float(), piece)
+    assert tensor.to(torch.float64).dtype == torch.float64
+    zeros = torch.zeros_like(tensor)
+    assert isinstance(zeros, RangeTensor)
+    assert not zeros.pieces[0][1].any()
+    zeros.copy_(tensor)
+    assert torch.equal(zeros.pieces[0][1], piece)
+    misuses: list[Callable[[], Tensor]] = [lambda: tensor + 1, tensor.sum, lambda: torch.zeros(3, 4).copy_(tensor)]
+    for misuse in misuses:
+        with pytest.raises(NotImplementedError, match="on a RangeTensor: it has only the elements"):
+            misuse()
+
+
+class Net(nn.Module):
+    """0-d, (1,), (0, k), 3-D, channels_last, transposed, complex; and one that gets its first gradient late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+
+        def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype))
+
+        self.scalar, self.one, self.empty = parameter(), parameter(1), parameter(0, 3)
+        self.big, self.three = parameter(300, 17), parameter(5, 64, 7)
+        self.conv = nn.Parameter(parameter(4, 3, 5, 5).detach().contiguous(memory_format=torch.channels_last))
+        self.transposed = nn.Parameter(parameter(9, 14).detach().t())
+        self.complex = parameter(70, 3, dtype=torch.complex64)
+        self.late = parameter(130)
+
+
+def train(optimizer: torch.optim.Optimizer, model: nn.Module, first: int, last: int) -> None:
+    """Gradients by name, so that the order of parameters does not matter."""
+    names = sorted(name for name, _ in model.named_parameters())
+    params = dict(model.named_parameters())
+    for step in range(first, last + 1):
+        set_grads([params[name] for name in names], step, [names.index("late")] if step < 4 else [])
+        optimizer.step()
+
+
+def make(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and an optimizer; the kinds differ in layout only."""
+    model = Net()
+    params = list(model.parameters())
+    if kind == "other layout":
+        return model, ShardedRAdam(params[::-1], foreach=True, bucket_cap_mb=2e-3)
+    if kind == "radam":
+        return model, torch.optim.RAdam(params, foreach=True)
+    return model, ShardedRAdam(params, foreach=True, bucket_cap_mb=1e-3)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+
+
+def save(_rank: int, world_size: int, folder: str, kind: str, wrapped: bool) -> None:
+    model, optimizer = make(kind)
+    module: nn.Module = DistributedDataParallel(model) if wrapped else model
+    train(optimizer, model, 1, SAVED_AT)
+    before = [tensor.clone() for s in optimizer.state.values() for tensor in s.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_save(state_of(module, optimizer), checkpoint_id=f"{folder}/{world_size}")
+    after = [tensor for s in optimizer.state.values() for tensor in s.values()]
+    assert all(map(torch.equal, before, after))
+
+
+def load(_rank: int, _world_size: int, path: str, kind: str) -> list[Tensor]:
+    model, optimizer = make(kind)
+    if kind != "radam":
+        train(optimizer, model, 1, 2)  # what is there is replaced
+    target = state_of(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_load(target, checkpoint_id=path)
+    set_model_state_dict(model, target["model"])
+    set_optimizer_state_dict(model, optimizer, target["optim"])
+    train(optimizer, model, SAVED_AT + 1, END)
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def uninterrupted() -> list[Tensor]:
+    model, optimizer = make("radam")
+    train(optimizer, model, 1, END)
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("saved_at", WORLD_SIZES)
+def test_checkpoints_of_torch_at_any_world_size(tmp_path: Path, saved_at: int) -> None:
+    """dcp.save and dcp.load as they come: any world size, buckets and order, and plain RAdam; same bits."""
+    run(save, saved_at, str(tmp_path), "sharded", True)
+    wanted = uninterrupted()
+    for world_size in WORLD_SIZES:
+        for kind in ("sharded", "other layout"):
+            for result in run(load, world_size, str(tmp_path / str(saved_at)), kind):
+                assert_same(result, wanted, (world_size, kind))
+    assert_same(load(0, 1, str(tmp_path / str(saved_at)), "radam"), wanted)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_checkpoints_of_plain_radam(tmp_path: Path, world_size: int) -> None:
+    run(save, 1, str(tmp_path), "radam", False)
+    model, optimizer = make("radam")
+    train(optimizer, model, 1, END)
+    for result in run(load, world_size, str(tmp_path / "1"), "sharded"):
+        assert_same(result, uninterrupted())
+
+
+def check_fresh(_rank: int, _world_size: int) -> None:
+    """torch's functions never call step() behind the user's back, nor change the state."""
+    model, optimizer = make("sharded")
+    calls: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(list(model.parameters()))
+    found = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(model, optimizer, found)
+    assert not calls
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(not tensor.any() for state in optimizer.state.values() for tensor in state.values())
+    state = found["state"]
+    assert isinstance(state, dict)
+    assert set(state) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_fresh_state_is_left_alone(world_size: int) -> None:
+    run(check_fresh, world_size)
