@@ -155,9 +155,10 @@ class RangeTensor(torch.Tensor):
             if func is aten._to_copy.default:
                 moved = {key: options[key] for key in ("dtype", "device") if options.get(key) is not None}
                 return first._map(lambda piece: piece.to(**moved, copy=True), **moved)
-            if func in (aten.empty_like.default, aten.zeros_like.default):
+            if func in (aten.empty_like.default, aten.new_empty.default, aten.zeros_like.default):
                 device = options.get("device") or first.device
-                return first._map(lambda piece: torch.zeros_like(piece, device=device), device=device)
+                make = torch.zeros_like if func is aten.zeros_like.default else torch.empty_like
+                return first._map(lambda piece: make(piece, device=device), device=device)
             if func is aten.copy_.default and isinstance(args[1], RangeTensor) and first.spans() == args[1].spans():
                 for (_, ours), (_, theirs) in zip(first.pieces, args[1].pieces, strict=True):
                     ours.copy_(theirs)

@@ -6,12 +6,14 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -21,7 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import ShardedRAdam
@@ -212,3 +218,132 @@ def check_fresh(_rank: int, _world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_fresh_state_is_left_alone(world_size: int) -> None:
     run(check_fresh, world_size)
+
+
+def check_async(rank: int, world_size: int, folder: str) -> None:
+    """Live state may change as soon as async_save returns, on a Gloo group of its own."""
+    model, optimizer = make("sharded")
+    train(optimizer, model, 1, SAVED_AT)
+    group = dist.new_group(backend="gloo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        future = async_save(state_of(model, optimizer), checkpoint_id=folder, process_group=group)
+    train(optimizer, model, SAVED_AT + 1, END)
+    assert isinstance(future, Future)
+    future.result(timeout=30)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_async_save(tmp_path: Path, world_size: int) -> None:
+    run(check_async, world_size, str(tmp_path / "x"))
+    for result in run(load, 1, str(tmp_path / "x"), "sharded"):
+        assert_same(result, uninterrupted())
+
+
+def half(rank: int, world_size: int, folder: str, save_it: bool) -> list[Tensor]:
+    """bf16 parameters with fp32 masters, which a checkpoint keeps."""
+    model = nn.Linear(31, 57).bfloat16()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.linspace(-1, 1, param.numel()).view(param.shape))
+    optimizer = ShardedRAdam(model.parameters(), bucket_cap_mb=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if save_it:
+            train_half(optimizer, model, 1, SAVED_AT)
+            dcp_save(state_of(model, optimizer), checkpoint_id=folder)
+        else:
+            target = state_of(model, optimizer)
+            dcp_load(target, checkpoint_id=folder)
+            set_model_state_dict(model, target["model"])
+            set_optimizer_state_dict(model, optimizer, target["optim"])
+    train_half(optimizer, model, SAVED_AT + 1, END)
+    saved = optimizer.consolidate_state_dict(to=0)
+    masters = [state["master"] for state in saved["state"].values()] if saved else []
+    return [*(param.detach().clone() for param in model.parameters()), *masters]
+
+
+def train_half(optimizer: torch.optim.Optimizer, model: nn.Module, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        set_grads(model.parameters(), step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("saved_at", WORLD_SIZES)
+def test_masters_are_saved(tmp_path: Path, saved_at: int) -> None:
+    wanted = run(half, saved_at, str(tmp_path / "x"), True)[0]
+    assert len(wanted) == 4
+    for world_size in WORLD_SIZES:
+        assert_same(run(half, world_size, str(tmp_path / "x"), False)[0], wanted)
+
+
+def check_fsdp2(_rank: int, world_size: int, folder: str) -> None:
+    """What FSDP2's RAdam saved loads here, and what we saved loads there."""
+    mesh = init_device_mesh("cpu", (world_size,))
+
+    def plain() -> nn.Sequential:
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Linear(13, 29), nn.Linear(29, 5))
+
+    def fsdp_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = plain()
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, torch.optim.RAdam(model.parameters(), lr=0.01, foreach=True)
+
+    def our_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = plain()
+        return model, ShardedRAdam(model.parameters(), lr=0.01, foreach=True, bucket_cap_mb=1e-3)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            optimizer.zero_grad()
+            inputs = torch.randn(6, 13, generator=torch.Generator().manual_seed(step))
+            model(inputs).square().mean().backward()  # the same on every rank, so that averaging changes nothing
+            optimizer.step()
+
+    def values(model: nn.Module) -> list[Tensor]:
+        return [p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in model.parameters()]
+
+    for number, (saver, loader) in enumerate([(fsdp_pair, our_pair), (our_pair, fsdp_pair)]):
+        model, optimizer = saver()
+        steps(model, optimizer, 1, SAVED_AT)
+        dcp_save(state_of(model, optimizer), checkpoint_id=f"{folder}/{number}")
+        steps(model, optimizer, SAVED_AT + 1, END)
+        other, other_optimizer = loader()
+        target = state_of(other, other_optimizer)
+        dcp_load(target, checkpoint_id=f"{folder}/{number}")
+        set_model_state_dict(other, target["model"])
+        set_optimizer_state_dict(other, other_optimizer, target["optim"])
+        steps(other, other_optimizer, SAVED_AT + 1, END)
+        for one, two in zip(values(model), values(other), strict=True):
+            # Averaging over 3 ranks is not exact, so gradients differ in their last bits there.
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+            assert world_size == 3 or torch.equal(one, two)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_checkpoints_of_fsdp2(tmp_path: Path, world_size: int) -> None:
+    run(check_fsdp2, world_size, str(tmp_path))
+
+
+def check_bare(_rank: int, _world_size: int, folder: str) -> None:
+    """The optimizer itself as a Stateful, without names: parameters are then matched by their number."""
+    results = []
+    for resume in (False, True):
+        model, optimizer = make("sharded")
+        content = {"model": model, "optim": optimizer}
+        if resume:
+            dcp_load(content, checkpoint_id=folder)
+        else:
+            train(optimizer, model, 1, SAVED_AT)
+            dcp_save(content, checkpoint_id=folder)
+        train(optimizer, model, SAVED_AT + 1, END)
+        results.append([param.detach().clone() for param in model.parameters()])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_optimizer_as_stateful(tmp_path: Path, world_size: int) -> None:
+    run(check_bare, world_size, str(tmp_path / "x"))

@@ -18,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
-    code = code.replace("checkpoint.pt", f"{folder}/checkpoint.pt")
+    code = code.replace("step_1000", f"{folder}/step_1000").replace("checkpoint.pt", f"{folder}/checkpoint.pt")
     train = "for _ in range(7):\n    model(torch.ones(5, 3)).sum().backward(); optimizer.step(); optimizer.zero_grad()"
     code = re.sub(r"^\.\.\.  .*$", train, code, flags=re.MULTILINE)
     names: dict[str, Any] = {
@@ -38,5 +38,6 @@ def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_code_of_the_readme(tmp_path: Path, world_size: int) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    run(check_code, world_size, code, str(tmp_path))
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    run(check_code, world_size, "\n".join(blocks), str(tmp_path))
