@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.radam import radam
 
-from sharded_radam.flat import Flat, dim_order, flatten, unflatten
+from sharded_radam.flat import Flat
+from sharded_radam.memory import dim_order, flatten, unflatten
 from sharded_radam.radam import Hyperparameters
 from sharded_radam.transport import Transport
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import JoinHook
 
-from sharded_radam.flat import dim_order, flatten
+from sharded_radam.memory import dim_order, flatten
 from sharded_radam.transport import Transport
 
 

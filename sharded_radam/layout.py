@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sharded_radam.flat import DTYPES, dim_order
+from sharded_radam.flat import DTYPES
+from sharded_radam.memory import dim_order
 from sharded_radam.plan import ParamSpec, ShardPlan, first_difference, make_plan
 from sharded_radam.transport import Transport
 

@@ -18,9 +18,10 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
-from sharded_radam.flat import Flat, check_device, check_memory, flat_gradient
+from sharded_radam.flat import Flat
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, describe
+from sharded_radam.memory import check_device, check_memory, flat_gradient
 from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.steps import Cohort, count_step, set_counts

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_radam.flat import Flat, unflatten
+from sharded_radam.flat import Flat
+from sharded_radam.memory import unflatten
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.transport import Transport
 

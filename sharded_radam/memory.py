@@ -1,0 +1,112 @@
+"""Tensors as memory: orders of dimensions, views with a storage of their own, large buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sharded_radam.plan import ParamSpec
+
+HUGE_BYTES = 32 * 2**20
+"""Buffers from this size on are put into huge pages."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill one contiguous range of memory, in whatever order of dimensions."""
+    return tensor.permute(dim_order(tensor)).is_contiguous()
+
+
+def dim_order(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions from outermost to innermost in memory; that of a contiguous tensor where the strides tell none."""
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.dim()))
+
+
+def check_memory(params: Sequence[tuple[Tensor, ParamSpec]], as_views: bool) -> None:
+    """Raise ValueError if parameters share elements, within one or with each other, or cannot become views."""
+    extents = []
+    for param, spec in params:
+        if is_dense(param):
+            if param.numel() and param.data_ptr():
+                extents.append((param.data_ptr(), param.data_ptr() + param.nbytes, spec.name))
+        elif as_views:
+            raise ValueError(
+                f"parameter '{spec.name}' with shape {tuple(param.shape)} and strides {param.stride()} does not fill "
+                "its memory densely, so it cannot become a view of a bucket: make it .contiguous(), or pass "
+                "parameters_as_bucket_view=False."
+            )
+    extents.sort()
+    for (_, stop, name), (start, _, other) in pairwise(extents):
+        if start < stop:
+            raise ValueError(
+                f"parameters '{name}' and '{other}' share memory but are different Parameters: tie weights by using "
+                "one Parameter object in both places, then it is updated once."
+            )
+
+
+def check_device(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if parameters are on several devices."""
+    devices = sorted({str(param.device) for param in params})
+    if len(devices) > 1:
+        raise ValueError(
+            f"parameters are on {devices}: at world size > 1 one optimizer shards parameters of one device; use one "
+            "optimizer for each device"
+        )
+
+
+def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """All elements as 1-D, dimensions nested in ``order``; a view where the memory allows it, otherwise a copy."""
+    contiguous = tensor.dim() < 2 or all(dim == index for index, dim in enumerate(order))
+    return (tensor if contiguous else tensor.permute(tuple(order))).reshape(-1)
+
+
+def flat_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
+    """A parameter's gradient as 1-D real numbers, in the order in which the parameter is in its slot."""
+    assert param.grad is not None
+    return as_real(flatten(param.grad.detach().resolve_conj().resolve_neg(), spec.dim_order))
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A 1-D complex tensor as 1-D real numbers, which is how RAdam treats it; others as they are."""
+    return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
+
+
+def unflatten(flat: Tensor, like: Tensor) -> Tensor:
+    """The view of a 1-D tensor that has the shape and order of dimensions of ``like``; inverse of flatten."""
+    order = dim_order(like)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
+
+
+def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1-D zeros; on Linux CPUs large ones in huge pages, since a step walks through all of them.
+
+    Measured on 2 cores, torch 2.13, one thread: the fused update of 124M elements takes 132 ms instead of 137.
+    """
+    num_bytes = numel * dtype.itemsize
+    if device.type != "cpu" or num_bytes < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(numel, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def window(buffer: Tensor, start: int, numel: int) -> Tensor:
+    """Elements of a 1-D buffer as a tensor whose storage is only these elements, over the same memory.
+
+    ``torch.save`` and safetensors look at storages: with a plain view they would write, or refuse, the whole buffer.
+    """
+    storage = buffer.untyped_storage()
+    if storage.device.type == "meta":  # also that of fake tensors, which have no memory to share
+        return buffer.narrow(0, start, numel)
+    itemsize = buffer.element_size()
+    part = storage[start * itemsize : (start + numel) * itemsize]
+    return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(part, 0, (numel,))  # type: ignore[call-overload, no-any-return]
