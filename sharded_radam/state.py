@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from sharded_radam.flat import Flat
 from sharded_radam.memory import unflatten
@@ -47,7 +48,7 @@ def pack_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def export_step(step: Tensor) -> Tensor:
     """A step counter in torch's type; ours counts in float64, since float32 stops at 2^24."""
-    return step.detach().to(torch.get_default_dtype(), copy=True)
+    return step.detach().to(_get_scalar_dtype(), copy=True)  # type: ignore[no-untyped-call]
 
 
 def gather_flat(flat: Flat, transport: Transport, to: int) -> list[dict[str, Tensor]] | None:

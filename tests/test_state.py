@@ -276,6 +276,25 @@ def test_step_may_be_of_any_type(kind: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
+def test_saved_steps_do_not_depend_on_a_narrow_default_dtype(name: str) -> None:
+    """bf16 cannot count past 256; RAdam's counters are float32 at least, whatever the default dtype."""
+    before = torch.get_default_dtype()
+    param = Parameter(torch.ones(3, dtype=torch.float32))
+    optimizer = ShardedRAdam([param])
+    optimizer.state[param]["step"] = torch.tensor(1001.0, dtype=torch.float64)
+    try:
+        torch.set_default_dtype(getattr(torch, name))
+        saved = optimizer.consolidate_state_dict()
+        local = ShardedRAdam([param]).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    assert saved is not None
+    assert saved["state"][0]["step"] == 1001
+    wanted = torch.float64 if name == "float64" else torch.float32
+    assert saved["state"][0]["step"].dtype == local["state"][0]["step"].dtype == wanted
+
+
 def test_missing_group_keys_get_defaults_and_others_stay() -> None:
     saved, params = saved_by_radam()
     for key in ("foreach", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "betas", "eps", "lr"):
