@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 OURS, FLOOR, DDP, ZERO = "sharded_radam", "sharded_radam, no communication", "DDP + RAdam", "ZeroRedundancyOptimizer"
 
 
-def make_params(shapes: list[tuple[int, ...]], device: torch.device, grads: list[Tensor]) -> list[torch.nn.Parameter]:
+def make_params(
+    shapes: list[tuple[int, ...]], device: torch.device, grads: Sequence[Tensor | None]
+) -> list[torch.nn.Parameter]:
     """Parameters, equal on all ranks, that share the gradients given."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]

@@ -1,7 +1,8 @@
 """RAdam with its state sharded over data-parallel ranks, for PyTorch."""
 
+from sharded_radam.checkpoint import CheckpointError, CheckpointManager
 from sharded_radam.optimizer import ShardedRAdam
 
-__all__ = ["ShardedRAdam", "__version__"]
+__all__ = ["CheckpointError", "CheckpointManager", "ShardedRAdam", "__version__"]
 
 __version__ = "0.1.0"

@@ -84,10 +84,13 @@ class Flat:
         start, stop = self.plan.local_range(bucket)
         return self.state[name].narrow(0, start, stop - start)
 
-    def range_tensors(self, slot: int) -> dict[str, RangeTensor]:
-        """The state of a slot as tensors of the parameter's shape, with the own elements: live views."""
+    def range_tensors(self, slot: int, state: Mapping[str, Tensor] | None = None) -> dict[str, RangeTensor]:
+        """The state of a slot as tensors of the parameter's shape, with the own elements: live views.
+
+        Or those of other buffers with the layout of ``state``.
+        """
         spec, found = self.specs[slot], {}
-        for name, local in self.state.items():
+        for name, local in (self.state if state is None else state).items():
             pieces = [(at.start, local.narrow(0, at.local_start, at.numel)) for at in self._own(slot)]
             found[name] = RangeTensor(spec.shape, pieces, spec.dim_order, local.dtype, local.device)
         return found

@@ -100,13 +100,13 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def window(buffer: Tensor, start: int, numel: int) -> Tensor:
-    """Elements of a 1-D buffer as a tensor whose storage is only these elements, over the same memory.
+    """Elements of a contiguous 1-D buffer as a tensor whose storage is only these elements, over the same memory.
 
     ``torch.save`` and safetensors look at storages: with a plain view they would write, or refuse, the whole buffer.
     """
     storage = buffer.untyped_storage()
     if storage.device.type == "meta":  # also that of fake tensors, which have no memory to share
         return buffer.narrow(0, start, numel)
-    itemsize = buffer.element_size()
-    part = storage[start * itemsize : (start + numel) * itemsize]
+    first, itemsize = buffer.storage_offset() + start, buffer.element_size()
+    part = storage[first * itemsize : (first + numel) * itemsize]
     return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(part, 0, (numel,))  # type: ignore[call-overload, no-any-return]

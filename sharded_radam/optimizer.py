@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 from torch.optim import RAdam
@@ -18,6 +20,13 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
+from sharded_radam.checkpoint.agreement import Peers
+from sharded_radam.checkpoint.files import DataFiles
+from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.loading import load_checkpoint
+from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam.checkpoint.reading import Target
+from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.flat import Flat
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, describe
@@ -390,21 +399,101 @@ class ShardedRAdam(RAdam, Joinable):
             for flat in self._flats
         ]
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
-        for index, group in enumerate(groups):
-            describe([group], index, bool(self._options.fused))
+        self._check_groups(groups)
         self._load(groups, entries)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry]]) -> None:
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for index, group in enumerate(groups):
+            describe([group], index, bool(self._options.fused))
+
+    @torch.no_grad()
+    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry | None]]) -> None:
+        """Take over what was checked before; parameters without an entry keep their state."""
         self.param_groups = groups
         self._consolidated = None
         for flat, flat_entries in zip(self._flats, entries, strict=True):
-            for slot, entry in enumerate(flat_entries):
-                flat.set_state(slot, entry.tensors)
-                self.state[flat.params[slot]].update(flat.local_state[slot])
-            counts = [entry.step for entry in flat_entries]
+            counts = []
+            for slot, (param, entry) in enumerate(zip(flat.params, flat_entries, strict=True)):
+                if entry is not None:
+                    flat.set_state(slot, entry.tensors)
+                    self.state[param].update(flat.local_state[slot])
+                counts.append(float(self.state[param]["step"]) if entry is None else entry.step)
             set_counts(self.state, flat.params, counts, self._counter_device(flat))
+
+    # Checkpoints
+
+    def save(
+        self, path: str | os.PathLike[str], *, model: nn.Module | None = None, timeout: float = 600.0
+    ) -> SaveReport:
+        """Collective: write a checkpoint directory, each rank its own part; nothing is gathered.
+
+        It is written beside ``path``, brought to the disk, and then renamed: there is a whole checkpoint of this name,
+        or none. It is one of torch.distributed.checkpoint's, with the optimizer under the key "optim", and with
+        checksums. Beyond the state, a rank allocates one chunk (64 MiB at most), on CPU nothing.
+
+        Args:
+            path: of the directory, on a file system that all ranks share. It must not exist.
+            model: whose parameters' names to use; needed only if the optimizer was built without names and the
+                checkpoint is to be loaded by name.
+            timeout: seconds to wait for a rank that does not come.
+
+        Raises:
+            CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
+        """
+
+        def collect() -> Saved:
+            part = self.checkpoint_part(model)
+            return Saved({"optim": part.content()}, {}, {"step": part.step()})
+
+        return Save(Path(path), collect, Peers.of(self.process_group), timeout).write()
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        strict: bool = True,
+        prefix: str | None = None,
+        timeout: float = 600.0,
+    ) -> LoadReport:
+        """Collective: load a checkpoint directory that any number of ranks saved, by the names of parameters.
+
+        Of this optimizer, or of plain or FSDP2's RAdam by torch.distributed.checkpoint. All is read and checked before
+        anything is changed; until then it takes the memory of the own shard once more, on CPU, and one chunk.
+
+        Args:
+            path: of the directory.
+            model: as for ``save``.
+            strict: whether missing, unexpected and mismatched parameters are errors; they are in the report otherwise,
+                and what is missing or mismatched is left as it is.
+            prefix: the key that the optimizer was saved under, where there are several in the checkpoint.
+            timeout: seconds to wait for a rank that does not come.
+
+        Raises:
+            CheckpointError: on every rank the same: no checkpoint, a damaged one, or other parameters. The optimizer is
+                unchanged then.
+        """
+
+        def prepare(index: Index, files: DataFiles) -> tuple[list[Target], Callable[[], LoadReport]]:
+            part = self.checkpoint_part(model)
+            prepared = part.prepare(index, files, strict, prefix)
+            return prepared.targets, lambda: part.apply(prepared)
+
+        return load_checkpoint(Path(path), Peers.of(self.process_group), timeout, prepare)
+
+    def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
+        """What a checkpoint needs of this optimizer; for CheckpointManager."""
+        with torch.no_grad():
+            for flat in self._flats:
+                self._take_back_state(flat)
+        return OptimizerPart(self._flats, self.param_groups, self.state, model, self._check_groups, self._load)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The group whose ranks share the state; None where torch.distributed is not initialised."""
+        return self._network.group
 
     # Copies
 

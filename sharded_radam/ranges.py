@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from sharded_radam.memory import window
+
 aten = torch.ops.aten
 
 _NOT_WHOLE = (
@@ -40,7 +42,7 @@ class Box(NamedTuple):
 
 
 @functools.lru_cache(maxsize=65536)
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
+def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
     """The row-major range ``[start, stop)`` of a tensor as boxes, each contiguous in memory, in increasing order."""
     if not shape and start < stop:
         return (Box(torch.Size(()), torch.Size(()), 0),)
@@ -105,15 +107,15 @@ class RangeTensor(torch.Tensor):
             properties.get("device") or self.device,
         )
 
-    def _boxes(self) -> dict[torch.Size, tuple[torch.Size, Tensor]]:
-        """Offsets of each box -> its sizes, and its elements as a view of a piece."""
+    def boxes(self) -> dict[torch.Size, Tensor]:
+        """Offsets of each box -> its elements: a view of a piece's memory, with a storage of its own."""
         outermost_first = tuple(self.shape[dim] for dim in self.memory_order)
         inverse = sorted(range(len(self.memory_order)), key=self.memory_order.__getitem__)
         found = {}
         for start, piece in self.pieces:
-            for box in boxes(outermost_first, start, start + piece.numel()):
-                view = piece.narrow(0, box.start - start, box.sizes.numel()).view(box.sizes).permute(inverse)
-                found[torch.Size([box.offsets[dim] for dim in inverse])] = (view.shape, view)
+            for box in range_boxes(outermost_first, start, start + piece.numel()):
+                view = window(piece, box.start - start, box.sizes.numel()).view(box.sizes).permute(inverse)
+                found[torch.Size([box.offsets[dim] for dim in inverse])] = view
         return found
 
     # torch.distributed._checkpointable
@@ -121,7 +123,7 @@ class RangeTensor(torch.Tensor):
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        return [ChunkStorageMetadata(offsets, sizes) for offsets, (sizes, _) in self._boxes().items()]
+        return [ChunkStorageMetadata(offsets, view.shape) for offsets, view in self.boxes().items()]
 
     def __create_write_items__(self, fqn: str, _: object) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -142,7 +144,7 @@ class RangeTensor(torch.Tensor):
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         if not self.numel():
             return torch.empty(self.size(), dtype=self.dtype)
-        return self._boxes()[index.offset][1]
+        return self.boxes()[index.offset]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

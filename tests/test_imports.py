@@ -18,7 +18,7 @@ ALLOWED = {
     "transport.gloo": {"transport.base"},
     "transport.native": {"transport.base"},
     "transport": {"transport.base", "transport.gloo", "transport.native"},
-    "ranges": set(),
+    "ranges": {"memory"},
     "memory": {"plan"},
     "flat": {"memory", "plan", "ranges"},
     "steps": set(),

@@ -1,0 +1,204 @@
+"""Seconds to save and load the optimizer state of GPT-2 124M, ours beside its peers, in one run.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 scripts/bench_checkpoint.py --folder runs/bench
+
+Peers take turns, round by round; a figure is that of the slowest rank, between two barriers, and the disk is idle when
+it begins. The limits are one process that writes the same bytes and waits for the disk, and ranks that read their parts
+of the bytes into fresh memory. Loads are timed twice: with the files in the page cache, and after they were dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from sharded_radam import CheckpointManager, ShardedRAdam
+
+OURS, ASYNC = "sharded_radam", "sharded_radam, async: training waits"
+ZERO, FSDP, PLAIN = "ZeroRedundancyOptimizer + torch.save", "FSDP2 + torch.distributed.checkpoint", "the bytes alone"
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Of the slowest rank."""
+    if dist.get_rank() == 0:
+        os.sync()
+    dist.barrier()
+    begin = time.perf_counter()
+    action()
+    elapsed = torch.tensor(time.perf_counter() - begin)
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return float(elapsed)
+
+
+class Model(nn.Module):
+    """The parameters of GPT-2, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = peers.gpt2_shapes()
+        self.weights = nn.ParameterList(peers.make_params(shapes, torch.device("cpu"), [None] * len(shapes)))
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """With state in which no bytes are zero."""
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 0.25)
+    optimizer.step()
+    for param in model.parameters():
+        param.grad = None
+    return optimizer
+
+
+class Peer:
+    """Saves to and loads from a path."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        model = Model()
+        if kind in (OURS, ASYNC):
+            self.optimizer: Any = stepped(ShardedRAdam(model.named_parameters()), model)
+        elif kind == ZERO:
+            zero = ZeroRedundancyOptimizer(
+                model.parameters(), torch.optim.RAdam, parameters_as_bucket_view=True, foreach=True
+            )
+            self.optimizer = stepped(zero, model)
+        elif kind == FSDP:
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+            self.optimizer = stepped(torch.optim.RAdam(model.parameters(), foreach=True), model)
+        self.model = model
+
+    def save(self, path: Path) -> None:
+        if self.kind == OURS:
+            self.optimizer.save(path)
+        elif self.kind == ZERO:
+            self.optimizer.consolidate_state_dict(to=0)
+            if dist.get_rank() == 0:
+                torch.save(self.optimizer.state_dict(), path)
+            dist.barrier()
+        elif self.kind == FSDP:
+            dcp.save({"optim": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
+        elif dist.get_rank() == 0:
+            with path.open("wb", buffering=0) as file:
+                for tensor in PLAIN_BYTES:
+                    file.write(memoryview(tensor.numpy()))
+                os.fsync(file.fileno())
+
+    def load(self, path: Path) -> None:
+        if self.kind == OURS:
+            self.optimizer.load(path)
+        elif self.kind == ZERO:
+            self.optimizer.load_state_dict(torch.load(path, weights_only=True))
+        elif self.kind == FSDP:
+            state = get_optimizer_state_dict(self.model, self.optimizer)
+            dcp.load({"optim": state}, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, self.optimizer, state)
+        else:
+            size, ranks, rank = path.stat().st_size, dist.get_world_size(), dist.get_rank()
+            with path.open("rb", buffering=0) as file:
+                file.seek(size // ranks * rank)
+                left = size // ranks
+                while left:
+                    left -= len(file.read(min(left, 2**24)))
+
+
+PLAIN_BYTES: list[torch.Tensor] = []
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.iterdir())
+
+
+def drop_from_cache(path: Path) -> None:
+    for file in files_of(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def blocked(peer: Peer, path: Path) -> tuple[float, float]:
+    """Seconds that training waits for an asynchronous save, and until it is committed."""
+    manager = CheckpointManager(path)
+    begin = time.perf_counter()
+    waited = seconds(lambda: manager.save(1, optimizer=peer.optimizer, blocking=False))
+    manager.close()
+    return waited, time.perf_counter() - begin
+
+
+def measure(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
+    found: dict[str, dict[str, list[float]]] = {}
+    everyone = {kind: Peer(kind) for kind in (OURS, ZERO, FSDP, PLAIN)}
+    main = dist.get_rank() == 0
+    for round_ in range(rounds + 1):
+        for kind, peer in everyone.items():
+            path = folder / f"{kind.split()[0].strip(',')}-{round_}"
+            dist.barrier()
+            times = {"save": seconds(lambda p=peer, at=path: p.save(at))}  # type: ignore[misc]
+            times["load"] = seconds(lambda p=peer, at=path: p.load(at))  # type: ignore[misc]
+            if main:
+                drop_from_cache(path)
+            times["load, not cached"] = seconds(lambda p=peer, at=path: p.load(at))  # type: ignore[misc]
+            if kind == OURS:
+                waited, committed = blocked(peer, folder / f"async-{round_}")
+                times |= {"async save: training waits": waited, "async save: committed": committed}
+            dist.barrier()
+            if main:
+                times["bytes"] = float(sum(file.stat().st_size for file in files_of(path)))
+                for used in (path, folder / f"async-{round_}"):
+                    shutil.rmtree(used, ignore_errors=True)
+                    used.unlink(missing_ok=True)
+            if round_:  # the first one warms up
+                for name, value in times.items():
+                    found.setdefault(kind, {}).setdefault(name, []).append(value)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoint"), help="on the disk to measure")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    peers.start()
+    if dist.get_rank() == 0:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        PLAIN_BYTES.extend(torch.rand(124_439_808) for _ in range(2))
+    found = measure(options.rounds, options.folder)
+    if dist.get_rank() == 0:
+        medians = {kind: {name: statistics.median(t) for name, t in times.items()} for kind, times in found.items()}
+        names = ["save", "async save: training waits", "async save: committed", "load", "load, not cached"]
+        print(f"{'seconds (ratio to ours)':45}" + "".join(f"{name:>28}" for name in names) + f"{'MB':>10}")
+        for kind, times in medians.items():
+            row = [
+                f"{times[name]:.3f} ({times[name] / medians[OURS][name]:.2f})" if name in times else ""
+                for name in names
+            ]
+            print(f"{kind:45}" + "".join(f"{cell:>28}" for cell in row) + f"{times['bytes'] / 1e6:10.1f}")
+        if options.json:
+            machine = peers.describe_machine()
+            options.json.write_text(json.dumps({"machine": machine, "seconds": found}, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

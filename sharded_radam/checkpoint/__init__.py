@@ -1,0 +1,17 @@
+"""Checkpoints: directories in the format of torch.distributed.checkpoint that are atomic, checked, and for any world
+size. ``ShardedRAdam.save`` and ``load`` do one optimizer, :class:`CheckpointManager` a whole training.
+
+::
+
+    optimizer, model      optimizer_part, model_part      what is saved, under which names
+    content of a rank     contents                        which elements this rank writes
+    agreement             agreement                       all ranks succeed, or all fail with the same words
+    files                 files, index, directory         chunks with checksums; what is where; rename when complete
+"""
+
+from sharded_radam.checkpoint.agreement import CheckpointError
+from sharded_radam.checkpoint.manager import CheckpointManager, Restored
+from sharded_radam.checkpoint.optimizer_part import LoadReport
+from sharded_radam.checkpoint.saving import SaveReport
+
+__all__ = ["CheckpointError", "CheckpointManager", "LoadReport", "Restored", "SaveReport"]

@@ -1,0 +1,167 @@
+"""What one rank writes of a nested dict that all ranks have: its own elements of every tensor, and each value once.
+
+Range tensors say themselves which elements a rank owns. Of tensors that all ranks have alike, the bytes of all of them
+together are cut into ``world_size`` equal parts, one a rank::
+
+    model    |  w1     |w2|      w3         |b|
+    written  |-- rank 0 --|--- rank 1 --|--- rank 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharded_radam.memory import dim_order, is_dense, zeros
+from sharded_radam.ranges import RangeTensor
+
+CHUNK_BYTES = 64 * 2**20
+"""Largest chunk that is written; so much may be read at once."""
+
+Paths = dict[str, tuple[str | int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A value that is kept in one piece, so that it comes back with its types: dicts with numbers as keys, tuples."""
+
+    value: Any
+
+
+class Part(NamedTuple):
+    """Elements of the tensor ``key`` at ``offsets``; ``data`` has its own storage, and views live memory."""
+
+    key: str
+    offsets: tuple[int, ...]
+    data: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """One rank's part: what it writes, and what there is altogether, which is alike on all ranks.
+
+    ``described`` has dtype and shape of every tensor; ``parts`` and ``objects`` are for this rank to write; keys of
+    ``aliases`` have the same value as the part of another key.
+    """
+
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    paths: Paths
+    parts: list[Part]
+    objects: dict[str, Any]
+    aliases: dict[str, str]
+
+    def digest(self) -> str:
+        """Equal on two ranks if they save the same things."""
+        return hashlib.sha256(repr((sorted(self.described.items()), sorted(self.paths))).encode()).hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that this rank writes."""
+        return sum(part.data.nbytes for part in self.parts)
+
+
+def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], Paths]:
+    """Nested dicts and lists -> names with dots, and the keys that each is made of; as torch's checkpoints have it."""
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    flat, paths = flatten_state_dict(dict(nested))
+    return flat, paths
+
+
+def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> Contents:
+    """What a rank writes.
+
+    Args:
+        nested: values of all ranks: tensors and others are alike on them, range tensors each have their own part.
+        own: values of this rank only; each becomes ``<name>.<rank>``.
+        rank: of the group.
+        world_size: of the group.
+    """
+    flat, paths = flatten(nested)
+    tensors = {key: value.detach() for key, value in flat.items() if isinstance(value, Tensor)}
+    described = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+    objects: dict[str, Any] = {}
+    if rank == 0:
+        objects = {key: getattr(value, "value", value) for key, value in flat.items() if key not in tensors}
+    objects |= {f"{name}.{rank}": value for name, value in own.items()}
+    aliases = _aliases(tensors)
+    replicated = {
+        key: _as_ranges(value)
+        for key, value in tensors.items()
+        if not isinstance(value, RangeTensor) and key not in aliases
+    }
+    parts = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
+    for key, value in tensors.items():
+        if isinstance(value, RangeTensor):
+            parts += _parts(key, value, rank)
+    return Contents(described, paths, parts, objects, aliases)
+
+
+def staged(source: Contents) -> Contents:
+    """A copy of a rank's part in memory of its own, so that live tensors may change: ``nbytes`` bytes, on CPU."""
+    sizes = [-(-part.data.nbytes // 64) * 64 for part in source.parts]
+    memory = zeros(sum(sizes), torch.uint8, torch.device("cpu"))
+    storage, copies, at = memory.untyped_storage(), [], 0
+    for part, size in zip(source.parts, sizes, strict=True):
+        copy = torch.empty(0, dtype=part.data.dtype)
+        copy.set_(storage[at : at + part.data.nbytes], 0, part.data.shape)  # type: ignore[call-overload]
+        copy.copy_(part.data)
+        copies.append(Part(part.key, part.offsets, copy))
+        at += size
+    return Contents(source.described, source.paths, copies, source.objects, source.aliases)
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of scalars with one value, such as step counters, all but the first."""
+    first: dict[Any, str] = {}
+    found = {}
+    for key, value in tensors.items():
+        if value.dim() == 0 and not isinstance(value, RangeTensor) and value.device.type == "cpu":
+            original = first.setdefault((value.dtype, value.item()), key)
+            if original != key:
+                found[key] = original
+    return found
+
+
+def _as_ranges(tensor: Tensor) -> RangeTensor:
+    """All elements of a plain tensor, over its own memory where that is dense."""
+    dense = tensor if is_dense(tensor) else tensor.contiguous()
+    order = dim_order(dense)
+    return RangeTensor(dense.shape, [(0, dense.permute(order).reshape(-1))], order, dense.dtype, dense.device)
+
+
+def _share(tensors: Mapping[str, RangeTensor], rank: int, world_size: int) -> Iterator[tuple[str, RangeTensor]]:
+    """A rank's equal part of the bytes of all tensors together; empty tensors are rank 0's."""
+    total, at = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values()), 0
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    for key, tensor in tensors.items():
+        (_, memory), size = tensor.pieces[0], tensor.dtype.itemsize
+        start, stop = (min(max(-(-(edge - at) // size), 0), memory.numel()) for edge in (first, last))
+        at += memory.numel() * size
+        pieces = [(start, memory.narrow(0, start, stop - start))] if start < stop else []
+        yield key, RangeTensor(tensor.shape, pieces, tensor.memory_order, tensor.dtype, tensor.device)
+
+
+def _parts(key: str, tensor: RangeTensor, rank: int) -> list[Part]:
+    """The elements of a range tensor as boxes of at most CHUNK_BYTES; of an empty one, rank 0 writes that."""
+    if not tensor.numel():
+        return [Part(key, (0,) * tensor.dim(), torch.empty(tensor.shape, dtype=tensor.dtype))] if rank == 0 else []
+    most = max(1, CHUNK_BYTES // tensor.dtype.itemsize)
+    pieces = [
+        (start + at, piece.narrow(0, at, min(most, piece.numel() - at)))
+        for start, piece in tensor.pieces
+        for at in range(0, piece.numel(), most)
+    ]
+    split = RangeTensor(tensor.shape, pieces, tensor.memory_order, tensor.dtype, tensor.device)
+    return [Part(key, tuple(offsets), view) for offsets, view in split.boxes().items()]
+
+
+def numel_of(sizes: tuple[int, ...]) -> int:
+    """Elements of a box."""
+    return math.prod(sizes)

@@ -1,0 +1,166 @@
+"""The files of a checkpoint: chunks one after the other, each a ``torch.save`` of its own, with its CRC-32.
+
+This is what torch.distributed.checkpoint's FileSystemWriter writes. CRC-32 is zlib's.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from sharded_radam.checkpoint.decode import Bytes, decode
+
+_WRITE_BACK_BYTES = 8 * 2**20
+_READ_BYTES = 2**20
+
+
+class Extent(NamedTuple):
+    """Where a chunk is: ``length`` bytes from ``start`` on in ``file``; ``crc32`` None where none was saved."""
+
+    file: str
+    start: int
+    length: int
+    crc32: int | None
+
+
+class DamagedError(ValueError):
+    """Bytes are not those that were saved."""
+
+
+class DataFile:
+    """A file that is written once, from its beginning to its end; a context manager, which waits for the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._file = path.open("xb")
+        self._size = 0
+        self._crc32 = 0
+        self._written_back = 0
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def add(self, value: Any) -> Extent:
+        """Append a chunk: a tensor (CPU, with a storage of no more elements than its own), or another object."""
+        start, self._crc32 = self._size, 0
+        torch.save(value, cast("IO[bytes]", self))
+        return Extent(self._name, start, self._size - start, self._crc32)
+
+    def write(self, data: Any) -> int:
+        """For torch.save: memory goes to the file without a copy."""
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._file.write(data)
+        self._size += len(data)
+        if self._size - self._written_back > _WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
+            # The disk begins now, beside what is computed here, and not at the fsync.
+            self._file.flush()
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._written_back = self._size
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch.save; the file is flushed at its end."""
+
+
+class DataFiles:
+    """The files of one checkpoint, opened when they are first read; a context manager."""
+
+    def __init__(self, folder: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._descriptors: dict[str, int] = {}
+        self._buffer = bytearray()
+
+    def __enter__(self) -> DataFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def prefetch(self, extents: Sequence[Extent]) -> None:
+        """Let the disk read what will be asked for next."""
+        if hasattr(os, "posix_fadvise"):
+            for extent in extents:
+                descriptor = self._open(extent.file)
+                os.posix_fadvise(descriptor, extent.start, extent.length, os.POSIX_FADV_WILLNEED)
+
+    def read(self, extent: Extent, what: str) -> memoryview:
+        """The bytes of an extent, until the next one is read.
+
+        Raises:
+            DamagedError: they are not those that were saved.
+        """
+        if len(self._buffer) < extent.length:
+            self._buffer = bytearray(extent.length)  # beside what views of the old one still need
+        content, descriptor, crc32, at = memoryview(self._buffer)[: extent.length], self._open(extent.file), 0, 0
+        while at < extent.length:
+            part = content[at : at + _READ_BYTES]
+            count = os.preadv(descriptor, [part], extent.start + at)
+            if count == 0:
+                raise DamagedError(
+                    f"{self._folder / extent.file}, {what}: the file ends at byte {extent.start + at}, expected "
+                    f"{extent.start + extent.length} or more"
+                )
+            crc32 = zlib.crc32(part[:count], crc32)
+            at += count
+        self._progress(extent.length)
+        if extent.crc32 is not None and crc32 != extent.crc32:
+            raise DamagedError(
+                f"{self._folder / extent.file}, {what}: bytes {extent.start} to {extent.start + extent.length} have "
+                f"the checksum {crc32:08x}, and were saved with {extent.crc32:08x}: the file is damaged"
+            )
+        return content
+
+    def tensor(self, extent: Extent, what: str) -> Tensor:
+        """A chunk as it was saved, on CPU; its memory is used again when the next one is read.
+
+        Raises:
+            DamagedError: other bytes than were saved, or not those of a tensor.
+        """
+        content = self.read(extent, what)
+        value = self._decode(content, extent, what)
+        if not isinstance(value, Tensor):
+            raise DamagedError(f"{self._folder / extent.file}, {what}: a {type(value).__name__}, expected a tensor")
+        return value
+
+    def load(self, extent: Extent, what: str) -> Any:
+        """A value of any kind, in memory of its own.
+
+        Raises:
+            DamagedError: other bytes than were saved, or not those of a plain value.
+        """
+        value = self._decode(self.read(extent, what), extent, what)
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def _decode(self, content: memoryview, extent: Extent, what: str) -> Any:
+        """By torch.load with weights_only, which runs no code of the file; plain tensors by a faster way."""
+        found = decode(content)
+        if found is not None:
+            return found
+        try:
+            return torch.load(cast("IO[bytes]", Bytes(content)), map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).partition("Please file an issue")[0].strip()
+            raise DamagedError(f"{self._folder / extent.file}, {what}: cannot be read: {reason}") from error
+
+    def _open(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY)
+        return self._descriptors[file]

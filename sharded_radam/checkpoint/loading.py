@@ -1,0 +1,74 @@
+"""Loading: nothing is changed before every rank has read and checked all that it needs.
+
+Stages, each agreed on: all ranks have matched what they want with the same checkpoint; all have read it, into memory of
+its own. Then each rank copies it to its place, where nothing can fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
+from sharded_radam.checkpoint.files import DataFiles
+from sharded_radam.checkpoint.index import Index, read_index
+from sharded_radam.checkpoint.reading import Reads, Target, plan_reads, read
+
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def load_checkpoint(
+    path: Path,
+    peers: Peers,
+    timeout: float,
+    prepare: Callable[[Index, DataFiles], tuple[Sequence[Target], Callable[[], T]]],
+) -> T:
+    """Load on all ranks, or on none.
+
+    Args:
+        path: of the checkpoint.
+        peers: the ranks.
+        timeout: see :class:`Agreement`.
+        prepare: checks the index against what is to be loaded; returns memory to read into, and what to do when all
+            ranks have read.
+
+    Returns:
+        What that returned.
+
+    Raises:
+        CheckpointError: the same on every rank; nothing was changed.
+    """
+    folder = Path(os.path.abspath(path))
+    agreement = Agreement(peers, f"loading {path}", timeout)
+    reads: Reads = {}
+    problem: Exception | None = None
+    digest = 0
+    index: Index | None = None
+    apply: Callable[[], T] | None = None
+    try:
+        index = read_index(folder)
+        digest = index.digest
+        with DataFiles(folder) as files:
+            targets, apply = prepare(index, files)
+        reads = plan_reads(index, targets)
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = error
+    agreement.decide({"path": str(folder), "checkpoint": digest}, problem, _same)
+    assert index is not None
+    assert apply is not None
+    try:
+        read(index, reads)
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = error
+    agreement.decide(None, problem)
+    return apply()
+
+
+def _same(offers: list[Any]) -> None:
+    for what in offers[0]:
+        expect_same([offer[what] for offer in offers], what)

@@ -1,0 +1,306 @@
+"""CheckpointManager: all that a training needs to go on, of which it keeps the last few."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sharded_radam.checkpoint import directory
+from sharded_radam.checkpoint.agreement import Agreement, Peers
+from sharded_radam.checkpoint.contents import Opaque
+from sharded_radam.checkpoint.files import DataFiles
+from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.loading import load_checkpoint
+from sharded_radam.checkpoint.model_part import model_content, model_targets
+from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam.checkpoint.reading import Target
+from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+
+logger = logging.getLogger("sharded_radam")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a checkpoint had beside what was loaded into objects.
+
+    ``data`` is what this rank saved as its data position, or what all ranks saved if that is one and the same; None if
+    the ranks are others now and had different ones. ``data_of_ranks`` has those of all ranks that saved.
+    """
+
+    step: int
+    user: Any
+    data: Any
+    data_of_ranks: tuple[Any, ...]
+    optimizer: LoadReport | None
+
+
+class CheckpointManager:
+    """Saves to, and loads from, ``folder/step_<number>``; every method is collective.
+
+    A checkpoint has the model, the optimizer (a ShardedRAdam), the scheduler, each rank's random number generators,
+    each rank's data position, and what the user adds; all by names, so that it loads at any world size. It is
+    committed by a rename: the latest is the one of the largest step that has a name, whatever happened.
+
+    Args:
+        folder: on a file system that all ranks share; one training at a time writes there.
+        keep: how many checkpoints to keep; older ones are removed after a commit. None for all.
+        process_group: whose ranks save together; the default one if None.
+        timeout: seconds to wait for a rank that does not come.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep}: expected None or at least 1")
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout}: expected seconds above 0")
+        self.folder = Path(folder)
+        self._keep = keep
+        self._peers = Peers.of(process_group)
+        self._timeout = timeout
+        self._thread = ThreadPoolExecutor(1, "sharded_radam-save")  # joined when the interpreter ends
+        self._in_flight: Future[SaveReport] | None = None
+        self.last_report: SaveReport | None = None
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps that are committed, in increasing order; not collective."""
+        return directory.committed_steps(self.folder)
+
+    # Saving
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        data: Any = None,
+        user: Any = None,
+        blocking: bool = True,
+    ) -> SaveReport | None:
+        """Save a checkpoint.
+
+        Args:
+            step: its number; there must be none of this number.
+            model, optimizer: a model that all ranks have alike, and a ShardedRAdam.
+            scheduler: anything with ``state_dict()``.
+            data: this rank's position in its data: a plain value, or anything with ``state_dict()``.
+            user: a plain value that all ranks have; rank 0's is saved.
+            blocking: if False, this returns as soon as there is a copy of this rank's part (its bytes, in host
+                memory, until they are written); what was saved may then change. One save is in flight at a time:
+                the next one waits for it. Errors come from the next call, or from ``close``.
+
+        Returns:
+            What it took, None if not blocking; ``last_report`` has it once it is committed.
+
+        Raises:
+            CheckpointError: on every rank the same: this save failed, or the one that was in flight. There is no part
+                of it left, and all earlier checkpoints are.
+        """
+        self.wait()
+
+        def collect() -> Saved:
+            nested: dict[str, Any] = {}
+            if model is not None:
+                nested["model"] = model_content(model)
+            if optimizer is not None:
+                nested["optim"] = _part(optimizer, model).content()
+            if scheduler is not None:
+                nested["scheduler"] = Opaque(scheduler.state_dict())
+            if user is not None:
+                nested["user"] = Opaque(user)
+            own = {"rng": _random_states()}
+            if data is not None:
+                own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
+            return Saved(nested, own, {"step": step})
+
+        if self._peers.rank == 0:
+            directory.remove_leftovers(self.folder, "*")
+        final = directory.step_path(self.folder, step)
+        save = Save(final, collect, self._peers, self._timeout, stage=not blocking)
+        if blocking:
+            self.last_report = self._write(save)
+            return self.last_report
+        self._in_flight = self._thread.submit(self._write, save)
+        return None
+
+    def _write(self, save: Save) -> SaveReport:
+        report = save.write()
+        if self._peers.rank == 0:
+            logger.info("saved %s", report)
+            self._prune(save.final)
+        return report
+
+    def _prune(self, newest: Path) -> None:
+        if self._keep is None:
+            return
+        for step in self.steps()[: -self._keep]:
+            path = directory.step_path(self.folder, step)
+            if path.name != newest.name:
+                try:
+                    directory.remove(path)
+                except OSError as error:  # the new checkpoint is there: no reason to end the training
+                    logger.warning("could not remove the old checkpoint %s: %s", path, error)
+
+    def wait(self) -> SaveReport | None:
+        """Wait for the save in flight; raises what it failed with. Returns the report of the last save."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            self.last_report = in_flight.result()
+        return self.last_report
+
+    def close(self) -> None:
+        """Wait for the save in flight; raises what it failed with."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    # Loading
+
+    def load_latest(self, **parts: Any) -> Restored | None:
+        """Load the committed checkpoint of the largest step, as ``load`` does; None if there is none."""
+        self.wait()
+        agreement = Agreement(self._peers, f"looking for checkpoints in {self.folder}", self._timeout)
+        # Rank 0 looks: a network file system may show others something else.
+        step = agreement.decide(None, decide=lambda offers: max(self.steps(), default=None))
+        return None if step is None else self.load(step, **parts)
+
+    def load(
+        self,
+        step: int,
+        *,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        data: Any = None,
+        rng: bool = True,
+        strict: bool = True,
+    ) -> Restored:
+        """Load the checkpoint of a step into what is given, all or nothing.
+
+        Until all ranks have read and checked it, it takes as much memory as is loaded: a model, and this rank's shards.
+
+        Args:
+            step: its number.
+            model, optimizer, scheduler: to load into.
+            data: something with ``load_state_dict``, if the position is to be loaded into it.
+            rng: whether to set the random number generators; only done at the world size of saving, and only on the
+                ranks that saved some.
+            strict: whether missing, unexpected and mismatched names of the model and the optimizer are errors.
+
+        Raises:
+            CheckpointError: on every rank the same; nothing was changed.
+        """
+        self.wait()
+
+        def prepare(index: Index, files: DataFiles) -> tuple[list[Target], Callable[[], Restored]]:
+            targets: list[Target] = []
+            put_model: Callable[[], None] | None = None
+            if model is not None:
+                targets, put_model = model_targets(model, index, files, strict)
+            part = _part(optimizer, model) if optimizer is not None else None
+            prepared = part.prepare(index, files, strict, "optim") if part else None
+            schedule = _value(index, files, "scheduler") if scheduler is not None else None
+            user = files.load(index.objects["user"], "user") if "user" in index.objects else None
+            states = _of_ranks(index, files, "rng") if rng else ()
+            positions = _of_ranks(index, files, "data")
+            position = self._own(positions)
+            if data is not None and position is None:
+                raise ValueError(
+                    f"data: the checkpoint has {len(positions)} positions, of as many ranks, that differ, and there "
+                    f"are {self._peers.world_size} ranks: load without data=, and choose from data_of_ranks"
+                )
+
+            def apply() -> Restored:
+                if put_model:
+                    put_model()
+                report = part.apply(prepared) if part and prepared else None
+                if scheduler is not None:
+                    scheduler.load_state_dict(schedule)
+                if data is not None:
+                    data.load_state_dict(position)
+                if len(states) == self._peers.world_size:
+                    _set_random_states(states[self._peers.rank])
+                return Restored(step, user, position, positions, report)
+
+            return [*targets, *(prepared.targets if prepared else [])], apply
+
+        path = directory.step_path(self.folder, step)
+        restored = load_checkpoint(path, self._peers, self._timeout, prepare)
+        if self._peers.rank == 0:
+            logger.info("loaded %s%s", path, f": {restored.optimizer}" if restored.optimizer else "")
+        return restored
+
+    def _own(self, positions: tuple[Any, ...]) -> Any:
+        if len(positions) == self._peers.world_size:
+            return positions[self._peers.rank]
+        return positions[0] if positions and all(position == positions[0] for position in positions) else None
+
+
+def _part(optimizer: Any, model: nn.Module | None) -> OptimizerPart:
+    if not hasattr(optimizer, "checkpoint_part"):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, expected a ShardedRAdam; save others with "
+            "torch.distributed.checkpoint"
+        )
+    part: OptimizerPart = optimizer.checkpoint_part(model)
+    return part
+
+
+def _value(index: Index, files: DataFiles, key: str) -> Any:
+    if key not in index.objects:
+        raise ValueError(f"{index.folder} has no {key}: load without {key}=")
+    return files.load(index.objects[key], key)
+
+
+def _of_ranks(index: Index, files: DataFiles, name: str) -> tuple[Any, ...]:
+    """Values that the ranks saved, each its own."""
+    ranks = sorted(int(key.removeprefix(f"{name}.")) for key in index.objects if key.startswith(f"{name}."))
+    return tuple(files.load(index.objects[f"{name}.{rank}"], f"{name}.{rank}") for rank in ranks)
+
+
+def _random_states() -> dict[str, Any]:
+    """States of all generators that this process uses, as plain values."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = (name, keys.tolist(), *rest)
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "numpy" in states and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(states["numpy"]))

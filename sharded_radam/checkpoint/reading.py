@@ -1,0 +1,118 @@
+"""From boxes that were saved to boxes that are wanted: every chunk is read once, in the order of the files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent
+from sharded_radam.checkpoint.index import Index, SavedTensor, in_order
+
+_AHEAD_BYTES = 32 * 2**20
+"""So much the disk may read before it is asked for."""
+
+
+class Target(NamedTuple):
+    """Memory for the elements at ``offsets`` of the saved tensor ``key``; as many as ``memory`` has."""
+
+    key: str
+    offsets: Sequence[int]
+    memory: Tensor
+
+
+class _Copy(NamedTuple):
+    key: str
+    sizes: tuple[int, ...]
+    source: tuple[slice, ...]
+    memory: Tensor
+
+
+Reads = dict[Extent, list[_Copy]]
+
+
+def plan_reads(index: Index, targets: Iterable[Target]) -> Reads:
+    """Which chunks to read, and where their elements go.
+
+    Raises:
+        DamagedError: elements that are wanted are in no chunk; or files are missing or of another length than saved.
+    """
+    reads: Reads = {}
+    for target in targets:
+        covered = 0
+        for box in index.tensors[target.key].boxes:
+            copy = _overlap(target, box.offsets, box.sizes)
+            if copy is not None:
+                covered += copy.memory.numel()
+                reads.setdefault(box.extent, []).append(copy)
+        if covered != target.memory.numel():
+            raise DamagedError(
+                f"{target.key}: {covered} of {target.memory.numel()} elements at {tuple(target.offsets)} are in the "
+                f"checkpoint {index.folder}"
+            )
+    index.check_files({extent.file for extent in reads})
+    return reads
+
+
+def _overlap(target: Target, offsets: Sequence[int], sizes: Sequence[int]) -> _Copy | None:
+    source, wanted = [], []
+    for at, size, begin, length in zip(offsets, sizes, target.offsets, target.memory.shape, strict=True):
+        first, last = max(at, begin), min(at + size, begin + length)
+        if first >= last:
+            return None
+        source.append(slice(first - at, last - at))
+        wanted.append(slice(first - begin, last - begin))
+    return _Copy(target.key, tuple(sizes), tuple(source), target.memory[tuple(wanted)])
+
+
+def read(index: Index, reads: Reads) -> None:
+    """Fill the targets. One chunk is in memory at a time.
+
+    Raises:
+        DamagedError: a chunk is not what was saved.
+    """
+    with DataFiles(index.folder) as files:
+        extents = in_order(reads)
+        ahead = 0
+        for number, extent in enumerate(extents):
+            while ahead < len(extents) and sum(e.length for e in extents[number:ahead]) < _AHEAD_BYTES:
+                files.prefetch(extents[ahead : ahead + 1])
+                ahead += 1
+            copies = reads[extent]
+            chunk = files.tensor(extent, copies[0].key)
+            for copy in copies:
+                if tuple(chunk.shape) != copy.sizes:
+                    raise DamagedError(
+                        f"{index.folder / extent.file}, {copy.key}: shape {tuple(chunk.shape)}, expected {copy.sizes}"
+                    )
+                copy.memory.copy_(chunk[copy.source])
+
+
+def read_tensor(index: Index, key: str, files: DataFiles) -> Tensor:
+    """A whole tensor, in memory of its own."""
+    saved = index.tensors[key]
+    if len(saved.boxes) == 1:
+        whole = files.load(saved.boxes[0].extent, key)
+        assert isinstance(whole, Tensor)
+        return whole
+    return _assemble(saved, key, files)
+
+
+def _assemble(saved: SavedTensor, key: str, files: DataFiles) -> Tensor:
+    whole = torch.empty(saved.shape, dtype=saved.dtype)
+    covered = 0
+    for box in saved.boxes:
+        at = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes, strict=True))
+        whole[at].copy_(files.tensor(box.extent, key))
+        covered += math.prod(box.sizes)
+    if covered != saved.numel:
+        raise DamagedError(f"{key}: {covered} of {saved.numel} elements are in the checkpoint")
+    return whole
+
+
+def read_value(index: Index, key: str, files: DataFiles) -> Any:
+    """A value of any kind."""
+    return read_tensor(index, key, files) if key in index.tensors else files.load(index.objects[key], key)
