@@ -1,11 +1,14 @@
 """Train a byte-level GPT on text, with DistributedDataParallel and a choice of optimizers.
 
-    torchrun --standalone --nproc-per-node=2 launch/train.py --steps 200 --save runs/first.pt
-    torchrun --standalone --nproc-per-node=3 launch/train.py --steps 300 --resume runs/first.pt
+    torchrun --standalone --nproc-per-node=2 launch/train.py --steps 200 --save runs/first
+    torchrun --standalone --nproc-per-node=3 launch/train.py --steps 300 --resume runs/first
 
 Started by torchrun (or alone, as one rank). CUDA and NCCL where there are GPUs, CPU and Gloo otherwise. The text is by
 default the source of Python's standard library; ``--data`` takes files and folders instead. Ranks read different
 sequences: ``--batch`` is that of all ranks together, so that a run can resume at another number of ranks.
+
+Checkpoints are directories below ``--save``, written in the background, each rank its own part. ``--consolidated`` has
+one file instead, which every optimizer here, and plain torch.optim.RAdam, can load.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 
 TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".json", ".html", ".tex"}
 
@@ -177,7 +180,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def save(path: Path, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_file(path: Path, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Collective: one file, written by rank 0, that any number of ranks can load; whole or not at all."""
     if isinstance(optimizer, (ShardedRAdam, ZeroRedundancyOptimizer)):
         optimizer.consolidate_state_dict(to=0)
@@ -204,7 +207,7 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_file(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load a file on every rank; returns the step it was saved at."""
     content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     model.load_state_dict(content["model"])
@@ -240,7 +243,31 @@ class Trainer:
         model = GPT(sizes).to(self.device)
         self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(options.optimizer, self.model, options.lr, options.weight_decay)
-        self.first_step = load(options.resume, model, self.optimizer) if options.resume else 0
+        self.manager = CheckpointManager(options.save, keep=options.keep) if self.saves_directories() else None
+        self.first_step = self.resume(model) if options.resume else 0
+
+    def saves_directories(self) -> bool:
+        return self.options.save is not None and not self.options.consolidated
+
+    def resume(self, model: nn.Module) -> int:
+        """Load the latest checkpoint below ``--resume``, or that file; returns the step to go on from."""
+        if self.options.consolidated:
+            return load_file(self.options.resume, model, self.optimizer)
+        with CheckpointManager(self.options.resume) as manager:
+            restored = manager.load_latest(model=model, optimizer=self.optimizer)
+        if restored is None:
+            raise SystemExit(f"there is no checkpoint in {self.options.resume}")
+        if self.rank == 0:
+            print(f"resumed: {restored.optimizer}", flush=True)
+        return restored.step
+
+    def save(self, step: int) -> None:
+        """Save in the background, or one file by rank 0 while the others wait."""
+        if self.manager is None:
+            save_file(self.options.save, self.model, self.optimizer, step)
+        else:
+            # The position in the text is the step.
+            self.manager.save(step, model=self.model, optimizer=self.optimizer, data={"step": step}, blocking=False)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
@@ -336,7 +363,7 @@ class Trainer:
             if (step + 1) % options.validate_every == 0 or step + 1 == last:
                 validate(step + 1)
             if options.save and ((step + 1) % options.save_every == 0 or step + 1 == last):
-                save(options.save, self.model, self.optimizer, step + 1)
+                self.save(step + 1)
         write(
             step=last,
             ranks=self.world_size,
@@ -346,6 +373,14 @@ class Trainer:
         )
         if log:
             log.close()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, then leave the process group together."""
+        if self.manager:
+            self.manager.close()
+            if self.rank == 0 and self.manager.last_report:
+                print(f"saved {self.manager.last_report}", flush=True)
         # DDP keeps the group alive: freed by a rank after its peers are gone, Gloo sometimes never returns.
         del self.model, self.optimizer
         dist.barrier()
@@ -375,15 +410,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--validate-every", type=int, default=100)
-    add("--save", type=Path, help="file to save to, at the end and every --save-every steps")
+    add("--save", type=Path, help="folder for checkpoints, saved at the end and every --save-every steps")
     add("--save-every", type=int, default=1000)
-    add("--resume", type=Path, help="file to go on from, saved at any number of ranks")
+    add("--keep", type=int, default=3, help="number of checkpoints to keep")
+    add("--resume", type=Path, help="folder of whose latest checkpoint to go on, saved at any number of ranks")
+    add("--consolidated", action="store_true", help="--save and --resume are single files, for any optimizer")
     add("--metrics", type=Path, help="append one JSON line a step to this file")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.schedule_steps = options.schedule_steps or options.steps
+    if options.optimizer != "sharded" and (options.save or options.resume) and not options.consolidated:
+        parser.error(f"--optimizer {options.optimizer} saves and resumes with --consolidated only")
     return options
 
 
 if __name__ == "__main__":
-    Trainer(parse()).train()
+    try:
+        Trainer(parse()).train()
+    except CheckpointError as error:  # on every rank the same
+        raise SystemExit(str(error)) from error

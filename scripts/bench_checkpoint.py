@@ -23,9 +23,10 @@ from typing import Any
 import peers
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -94,11 +95,11 @@ class Peer:
                 torch.save(self.optimizer.state_dict(), path)
             dist.barrier()
         elif self.kind == FSDP:
-            dcp.save({"optim": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
+            dcp_save({"optim": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=path)
         elif dist.get_rank() == 0:
             with path.open("wb", buffering=0) as file:
                 for tensor in PLAIN_BYTES:
-                    file.write(memoryview(tensor.numpy()))
+                    file.write(tensor.numpy().data)
                 os.fsync(file.fileno())
 
     def load(self, path: Path) -> None:
@@ -108,7 +109,7 @@ class Peer:
             self.optimizer.load_state_dict(torch.load(path, weights_only=True))
         elif self.kind == FSDP:
             state = get_optimizer_state_dict(self.model, self.optimizer)
-            dcp.load({"optim": state}, checkpoint_id=path)
+            dcp_load({"optim": state}, checkpoint_id=path)
             set_optimizer_state_dict(self.model, self.optimizer, state)
         else:
             size, ranks, rank = path.stat().st_size, dist.get_world_size(), dist.get_rank()

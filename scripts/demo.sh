@@ -19,10 +19,15 @@ train() { # ranks, metrics file, flags
         --metrics "$out/$metrics" "$@"
 }
 
-echo "== $first ranks, 100 steps, then save"
-train "$first" first.jsonl --steps 100 --save "$out/checkpoint.pt"
+echo "== $first ranks, 100 steps, saved in the background after 40, 80 and 100"
+train "$first" first.jsonl --steps 100 --save "$out/checkpoints" --save-every 40
 echo "== resumed on $other ranks, 30 steps more"
-train "$other" resumed.jsonl --steps 130 --resume "$out/checkpoint.pt"
+train "$other" resumed.jsonl --steps 130 --resume "$out/checkpoints" --save "$out/checkpoints"
+sharded-radam checkpoint verify "$out/checkpoints/step_130"
+echo "== the same by way of one consolidated file"
+sharded-radam checkpoint consolidate "$out/checkpoints/step_130" "$out/radam.pt"
+train "$first" consolidated.jsonl --steps 5 --consolidated --save "$out/whole.pt"
+train "$other" consolidated.jsonl --steps 8 --consolidated --resume "$out/whole.pt"
 echo "== $first ranks with ZeroRedundancyOptimizer, 25 steps"
 train "$first" zero.jsonl --steps 25 --optimizer zero
 python scripts/demo_table.py "$out"

@@ -91,11 +91,9 @@ def _print(options: Any, result: dict[str, Any], text: str) -> None:
 def _inspect(options: Any) -> int:
     found = summary(read_index(options.path))
     saved_at = f"world size {found['world_size']}" if found["world_size"] else "torch.distributed.checkpoint"
-    lines = [
-        f"{found['path']}: step {found['step']}, saved at {saved_at}, torch {found['torch']}, "
-        f"{found['bytes'] / 1e6:.1f} MB in {found['files']} files, "
-        f"{'with' if found['checksums'] else 'without'} checksums"
-    ]
+    checksums = "with checksums" if found["checksums"] else "without checksums"
+    size = f"{found['bytes'] / 1e6:.1f} MB in {found['files']} files"
+    lines = [f"{found['path']}: step {found['step']}, saved at {saved_at}, torch {found['torch']}, {size}, {checksums}"]
     width = max((len(tensor["name"]) for tensor in found["tensors"]), default=4)
     lines.append(f"{'name':{width}}  {'dtype':10} {'bytes':>14} {'chunks':>6}  shape")
     lines += [

@@ -13,8 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from torch import Tensor
+
+from sharded_radam.checkpoint.directory import committed_steps
+from sharded_radam.checkpoint.index import read_index, verify
+from sharded_radam.checkpoint.tools import differences
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "32", "--batch", "12", "--warmup", "3"]
@@ -42,35 +44,23 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
-
-
 def test_saves_resumes_and_continues_at_other_world_sizes(tmp_path: Path) -> None:
     """Resumed at the same number of ranks, bit-equal to an uninterrupted run; at another, the loss goes on."""
-    train(2, "--steps", 8, "--save", tmp_path / "8.pt", "--metrics", tmp_path / "8.jsonl")
-    train(2, "--steps", 14, "--save", tmp_path / "whole.pt", "--metrics", tmp_path / "whole.jsonl")
-    train(2, "--steps", 14, "--resume", tmp_path / "8.pt", "--save", tmp_path / "14.pt")
-    assert_equal(load(tmp_path / "14.pt"), load(tmp_path / "whole.pt"))
+    one, whole_run, resumed_run = tmp_path / "8", tmp_path / "whole", tmp_path / "14"
+    done = train(2, "--steps", 8, "--save", one, "--save-every", 3, "--keep", 2, "--metrics", tmp_path / "8.jsonl")
+    assert "MB of this rank" in done.stdout
+    assert sorted(path.name for path in one.iterdir()) == ["step_6", "step_8"]
+    train(2, "--steps", 14, "--save", whole_run, "--metrics", tmp_path / "whole.jsonl")
+    done = train(2, "--steps", 14, "--resume", one, "--save", resumed_run)
+    assert "resumed: 16/16 parameters" in done.stdout
+    assert differences(read_index(whole_run / "step_14"), read_index(resumed_run / "step_14")) == []
     whole = [record for record in metrics(tmp_path / "whole.jsonl") if "loss" in record]
     assert [record["step"] for record in whole] == list(range(1, 15))
     assert whole[-1]["loss"] < whole[0]["loss"]
     assert {"loss", "grad_norm", "lr", "optimizer_ms", "tokens_per_s"} < whole[0].keys()
     for ranks in (1, 3):
         file = tmp_path / f"{ranks}.jsonl"
-        train(ranks, "--steps", 14, "--resume", tmp_path / "8.pt", "--metrics", file)
+        train(ranks, "--steps", 14, "--resume", one, "--metrics", file)
         resumed = metrics(file)
         assert resumed[0]["validation_loss"] == pytest.approx(
             metrics(tmp_path / "8.jsonl")[-2]["validation_loss"], rel=1e-5
@@ -89,13 +79,16 @@ def test_all_flags_and_peers(tmp_path: Path) -> None:
     losses = {}
     for name in ("sharded", "radam", "zero"):
         train(
-            2, *flags, "--optimizer", name, "--save", tmp_path / f"{name}.pt", "--metrics", tmp_path / f"{name}.jsonl"
+            2,
+            *(*flags, "--optimizer", name, "--consolidated", "--save", tmp_path / f"{name}.pt"),
+            *("--metrics", tmp_path / f"{name}.jsonl"),
         )
         losses[name] = [record["loss"] for record in metrics(tmp_path / f"{name}.jsonl") if "loss" in record]
     assert losses["sharded"] == pytest.approx(losses["radam"], rel=1e-3)
     assert losses["zero"] == pytest.approx(losses["radam"], rel=1e-3)
     for saved, loaded in (("radam", "sharded"), ("zero", "sharded"), ("sharded", "radam"), ("sharded", "zero")):
-        train(1, "--steps", 5, "--data", text, "--resume", tmp_path / f"{saved}.pt", "--optimizer", loaded)
+        resume = ("--consolidated", "--resume", tmp_path / f"{saved}.pt", "--optimizer", loaded)
+        train(1, "--steps", 5, "--data", text, *resume)
     shards = [metrics(tmp_path / f"{name}.jsonl")[-1] for name in ("sharded", "radam")]
     assert shards[0]["state_bytes"] < 0.6 * shards[1]["state_bytes"]
     assert shards[1]["state_bytes"] == shards[1]["replicated_bytes"]
@@ -112,21 +105,28 @@ def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_on_every_rank(tmp_path: Path) -> None:
-    done = train(2, "--steps", 1, "--save", "/dev/full/x.pt", check=False)
+    done = train(2, "--steps", 1, "--consolidated", "--save", "/dev/full/x.pt", check=False)
     assert done.returncode != 0
     assert done.stderr.count("rank 0 could not save /dev/full/x.pt") >= 2
-    del tmp_path
+    (tmp_path / "file").touch()
+    done = train(2, "--steps", 1, "--save", tmp_path / "file" / "folder", check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("NotADirectoryError") >= 2
+    done = train(1, "--steps", 1, "--resume", tmp_path / "nothing", check=False)
+    assert f"there is no checkpoint in {tmp_path / 'nothing'}" in done.stderr
+    done = train(1, "--steps", 1, "--save", tmp_path / "x", "--optimizer", "zero", check=False)
+    assert "--optimizer zero saves and resumes with --consolidated only" in done.stderr
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path, victim: int) -> None:
     """kill -9 of one rank between or during saves: torchrun ends, the file is whole, and training goes on from it."""
-    file = tmp_path / "checkpoint.pt"
-    flags = ("--steps", 100_000, "--schedule-steps", 100_000, "--save", file, "--save-every", 2)
+    folder = tmp_path / "checkpoints"
+    flags = ("--steps", 100_000, "--schedule-steps", 100_000, "--save", folder, "--save-every", 2)
     log = (tmp_path / "log").open("w")
     launcher = subprocess.Popen(command(2, *flags), cwd=ROOT, env=environment(), stdout=log, stderr=log)
     try:
-        wait_for(lambda: file.exists(), 60)
+        wait_for(lambda: committed_steps(folder), 60)
         time.sleep(0.3 * victim)
         ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "launch/train.py" in p.cmdline()]
         killed = next(p for p in ranks if p.environ().get("LOCAL_RANK") == str(victim))
@@ -137,11 +137,13 @@ def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path,
             process.kill()
         launcher.kill()
         log.close()
-    saved_at = load(file)["step"]
-    assert saved_at % 2 == 0
-    train(3, "--steps", saved_at + 2, "--resume", file, "--save", file, "--save-every", 1)
-    assert load(file)["step"] == saved_at + 2
-    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint.pt"]
+    saved = committed_steps(folder)
+    assert 1 <= len(saved) <= 4  # 3 to keep, and one that was not removed yet
+    assert all(step % 2 == 0 for step in saved)
+    for step in saved:
+        verify(read_index(folder / f"step_{step}"))
+    train(3, "--steps", saved[-1] + 2, "--resume", folder, "--save", folder, "--save-every", 1)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{saved[-1] + n}" for n in (0, 1, 2)]
 
 
 def wait_for(condition: Any, seconds: float) -> None:
@@ -152,9 +154,9 @@ def wait_for(condition: Any, seconds: float) -> None:
 
 
 def test_alone_without_torchrun(tmp_path: Path) -> None:
-    single = [sys.executable, "launch/train.py", *SMALL, "--steps", "3", "--save", str(tmp_path / "a.pt")]
+    single = [sys.executable, "launch/train.py", *SMALL, "--steps", "3", "--save", str(tmp_path / "a")]
     subprocess.run(single, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=100)
-    assert load(tmp_path / "a.pt")["step"] == 3
+    assert committed_steps(tmp_path / "a") == [3]
 
 
 DETAIL = """

@@ -93,9 +93,9 @@ class Agreement:
         else:
             self._set(str(self._peers.rank), post)
             found = self._get("verdict", time.monotonic() + 2 * self._timeout + 1)
-            verdict = found or {"failure": f"rank 0 did not come within {2 * self._timeout:g} s"}
+            verdict = found or {"failure": f"{self._what}: rank 0 did not come within {2 * self._timeout:g} s"}
         if "failure" in verdict:
-            raise CheckpointError(f"{self._what}: {verdict['failure']}") from problem
+            raise CheckpointError(verdict["failure"]) from problem
         return verdict["value"]
 
     def _judge(self, posts: Sequence[Any], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
@@ -111,11 +111,12 @@ class Agreement:
                 "process group must make this call, and be alive"
             )
         if failures:
-            return {"failure": "; ".join(failures)}
+            return {"failure": f"{self._what}: {'; '.join(failures)}"}
         try:
             return {"value": decide([post["offer"] for post in posts])}
         except Exception as error:  # whatever it is, the others must not wait for a verdict
-            return {"failure": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}
+            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            return {"failure": f"{self._what}: {text}"}
 
     def _collect(self) -> list[Any]:
         deadline = time.monotonic() + self._timeout

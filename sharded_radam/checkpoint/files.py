@@ -6,6 +6,7 @@ This is what torch.distributed.checkpoint's FileSystemWriter writes. CRC-32 is z
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from sharded_radam.checkpoint.decode import Bytes, decode
 
-_WRITE_BACK_BYTES = 8 * 2**20
 _READ_BYTES = 2**20
 
 
@@ -42,7 +42,6 @@ class DataFile:
         self._file = path.open("xb")
         self._size = 0
         self._crc32 = 0
-        self._written_back = 0
 
     def __enter__(self) -> DataFile:
         return self
@@ -66,15 +65,20 @@ class DataFile:
         self._crc32 = zlib.crc32(data, self._crc32)
         self._file.write(data)
         self._size += len(data)
-        if self._size - self._written_back > _WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-            # The disk begins now, beside what is computed here, and not at the fsync.
-            self._file.flush()
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._written_back = self._size
         return len(data)
 
     def flush(self) -> None:
         """For torch.save; the file is flushed at its end."""
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.load failed, without its advice to allow all code."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"it needs {found[1]}, which is no plain value, so it was not read. Expected tensors, numbers, text, and "
+            "dicts, lists and tuples of these"
+        )
+    return f"cannot be read: {str(error).partition(chr(10))[0]}"
 
 
 class DataFiles:
@@ -157,8 +161,7 @@ class DataFiles:
         try:
             return torch.load(cast("IO[bytes]", Bytes(content)), map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = str(error).partition("Please file an issue")[0].strip()
-            raise DamagedError(f"{self._folder / extent.file}, {what}: cannot be read: {reason}") from error
+            raise DamagedError(f"{self._folder / extent.file}, {what}: {_reason(error)}") from error
 
     def _open(self, file: str) -> int:
         if file not in self._descriptors:

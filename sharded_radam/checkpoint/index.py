@@ -91,7 +91,7 @@ class Index:
     def info(self) -> dict[str, Any]:
         return self.manifest.info if self.manifest else {}
 
-    def check_files(self, files: Iterable[str] | None = None) -> None:
+    def check_files(self) -> None:
         """Raise DamagedError if a file is missing or of another length than was saved."""
         saved = self.manifest.files if self.manifest else {}
         expected = {file: sum(length for length, _ in chunks) for file, chunks in saved.items()}
@@ -99,7 +99,7 @@ class Index:
         for extent in extents:
             if extent.file not in saved:
                 expected[extent.file] = max(expected.get(extent.file, 0), extent.start + extent.length)
-        for file in sorted(expected.keys() if files is None else set(files)):
+        for file in sorted(expected):
             path = self.folder / file
             if not path.is_file():
                 raise DamagedError(f"{path} is missing")

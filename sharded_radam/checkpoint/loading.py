@@ -53,6 +53,7 @@ def load_checkpoint(
     try:
         index = read_index(folder)
         digest = index.digest
+        index.check_files()
         with DataFiles(folder) as files:
             targets, apply = prepare(index, files)
         reads = plan_reads(index, targets)

@@ -38,7 +38,7 @@ def plan_reads(index: Index, targets: Iterable[Target]) -> Reads:
     """Which chunks to read, and where their elements go.
 
     Raises:
-        DamagedError: elements that are wanted are in no chunk; or files are missing or of another length than saved.
+        DamagedError: elements that are wanted are in no chunk.
     """
     reads: Reads = {}
     for target in targets:
@@ -53,7 +53,6 @@ def plan_reads(index: Index, targets: Iterable[Target]) -> Reads:
                 f"{target.key}: {covered} of {target.memory.numel()} elements at {tuple(target.offsets)} are in the "
                 f"checkpoint {index.folder}"
             )
-    index.check_files({extent.file for extent in reads})
     return reads
 
 

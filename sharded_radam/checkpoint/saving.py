@@ -20,7 +20,7 @@ import torch
 from sharded_radam.checkpoint import directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
 from sharded_radam.checkpoint.contents import contents, staged
-from sharded_radam.checkpoint.files import DataFile, DataFiles, Extent
+from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
 from sharded_radam.checkpoint.index import MANIFEST, METADATA, Box, SavedTensor, write_index
 
 _SEEN_WITHIN_S = 10.0
@@ -81,7 +81,7 @@ class Save:
             saved = collect()
             self._info |= saved.info
             self._contents = contents(saved.nested, saved.own, peers.rank, peers.world_size)
-            offer = {"directory": str(self.final), **saved.info, "contents": self._contents.digest()}
+            offer = {**saved.info, "directory": str(self.final), "contents": self._contents.digest()}
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             problem = error
         self._unfinished = Path(self._agreement.decide(offer, problem, self._make_directory))
@@ -147,7 +147,10 @@ class Save:
             rows += [(key, None, None, *extent[1:]) for key, extent in objects.items()]
         with DataFiles(self._unfinished) as files:
             for key, extent in objects.items():
-                files.load(extent, key)  # what cannot be loaded safely must not be found out when it is needed
+                try:
+                    files.load(extent, key)
+                except DamagedError as error:  # not to be found out when it is needed
+                    raise ValueError(f"what was saved could not be loaded: {error}") from error
         return rows
 
     def _commit(self, offers: list[Any]) -> None:
