@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_radam.plan import ParamSpec
 
-HUGE_BYTES = 32 * 2**20
+HUGE_BYTES = 4 * 2**20
 """Buffers from this size on are put into huge pages."""
 
 
@@ -93,10 +93,17 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     num_bytes = numel * dtype.itemsize
     if device.type != "cpu" or num_bytes < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(numel, dtype=dtype, device=device)
+    return torch.frombuffer(large_pages(num_bytes), dtype=dtype)
+
+
+def large_pages(num_bytes: int) -> mmap.mmap:
+    """Zeros of this process only, in huge pages where there are some."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
+    with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    return memory
 
 
 def window(buffer: Tensor, start: int, numel: int) -> Tensor:

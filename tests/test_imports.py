@@ -29,7 +29,7 @@ ALLOWED = {
     "optimizer": {
         *("", "plan", "radam", "memory", "flat", "steps", "layout", "state", "differentiable", "join", "transport"),
     },
-    "": {"optimizer"},
+    "": {"optimizer", "checkpoint"},
 }
 
 

@@ -9,8 +9,10 @@ together are cut into ``world_size`` equal parts, one a rank::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_radam.memory import dim_order, is_dense, zeros
+from sharded_radam.memory import dim_order, is_dense, large_pages
 from sharded_radam.ranges import RangeTensor
 
 CHUNK_BYTES = 64 * 2**20
@@ -55,6 +57,13 @@ class Contents:
     parts: list[Part]
     objects: dict[str, Any]
     aliases: dict[str, str]
+    memory: mmap.mmap | None = None
+
+    def free(self) -> None:
+        """Give staging memory back now; torch.save leaves cycles that keep it until garbage is collected."""
+        if self.memory is not None:
+            with contextlib.suppress(AttributeError):
+                self.memory.madvise(mmap.MADV_DONTNEED)
 
     def digest(self) -> str:
         """Equal on two ranks if they save the same things."""
@@ -106,15 +115,15 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
 def staged(source: Contents) -> Contents:
     """A copy of a rank's part in memory of its own, so that live tensors may change: ``nbytes`` bytes, on CPU."""
     sizes = [-(-part.data.nbytes // 64) * 64 for part in source.parts]
-    memory = zeros(sum(sizes), torch.uint8, torch.device("cpu"))
-    storage, copies, at = memory.untyped_storage(), [], 0
+    memory = large_pages(max(sum(sizes), 1))
+    storage, copies, at = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage(), [], 0
     for part, size in zip(source.parts, sizes, strict=True):
         copy = torch.empty(0, dtype=part.data.dtype)
         copy.set_(storage[at : at + part.data.nbytes], 0, part.data.shape)  # type: ignore[call-overload]
         copy.copy_(part.data)
         copies.append(Part(part.key, part.offsets, copy))
         at += size
-    return Contents(source.described, source.paths, copies, source.objects, source.aliases)
+    return Contents(source.described, source.paths, copies, source.objects, source.aliases, memory)
 
 
 def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:

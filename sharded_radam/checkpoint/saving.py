@@ -133,6 +133,8 @@ class Save:
         except BaseException:
             self._give_up()
             raise
+        finally:
+            self._contents.free()
         return SaveReport(self.final, num_bytes, self.blocked_s, time.perf_counter() - begin)
 
     def _write_file(self) -> list[Any]:
