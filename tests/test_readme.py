@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_radam.cli import main
 from tests.ranks import WORLD_SIZES, run
 
 README = Path(__file__).parent.parent / "README.md"
@@ -20,6 +21,7 @@ README = Path(__file__).parent.parent / "README.md"
 def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
     code = code.replace("step_1000", f"{folder}/step_1000").replace("checkpoint.pt", f"{folder}/checkpoint.pt")
     train = "for _ in range(7):\n    model(torch.ones(5, 3)).sum().backward(); optimizer.step(); optimizer.zero_grad()"
+    code = code.replace('"checkpoints"', f'"{folder}/checkpoints"')
     code = re.sub(r"^\.\.\.  .*$", train, code, flags=re.MULTILINE)
     names: dict[str, Any] = {
         "model": nn.Linear(3, 200),
@@ -37,7 +39,12 @@ def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_code_of_the_readme(tmp_path: Path, world_size: int) -> None:
+def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     run(check_code, world_size, "\n".join(blocks), str(tmp_path))
+    commands = re.findall(r"^sharded-radam (.*?)(?: +#.*)?$", README.read_text(), flags=re.MULTILINE)
+    assert len(commands) == 5
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main(command.split()) == ("diff" in command)  # the consolidated file has no model
