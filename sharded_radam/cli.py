@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sharded_radam.checkpoint import CheckpointError
-from sharded_radam.checkpoint.index import Index, read_index, verify
+from sharded_radam.checkpoint.agreement import CheckpointError
+from sharded_radam.checkpoint.index import Index, read_index
 from sharded_radam.checkpoint.tools import consolidate, differences, import_file, summary
+from sharded_radam.checkpoint.verification import verify
 
 
 def main(arguments: list[str] | None = None) -> int:

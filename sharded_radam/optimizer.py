@@ -21,12 +21,9 @@ from torch.optim.optimizer import ParamsT
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
 from sharded_radam.checkpoint.agreement import Peers
-from sharded_radam.checkpoint.files import DataFiles
-from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.loading import load_checkpoint
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
-from sharded_radam.checkpoint.reading import Target
-from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+from sharded_radam.checkpoint.saving import SaveReport
+from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.flat import Flat
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, describe
@@ -442,12 +439,7 @@ class ShardedRAdam(RAdam, Joinable):
         Raises:
             CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
         """
-
-        def collect() -> Saved:
-            part = self.checkpoint_part(model)
-            return Saved({"optim": part.content()}, {}, {"step": part.step()})
-
-        return Save(Path(path), collect, Peers.of(self.process_group), timeout).write()
+        return save_optimizer(Path(path), lambda: self.checkpoint_part(model), Peers.of(self.process_group), timeout)
 
     def load(
         self,
@@ -475,13 +467,8 @@ class ShardedRAdam(RAdam, Joinable):
             CheckpointError: on every rank the same: no checkpoint, a damaged one, or other parameters. The optimizer is
                 unchanged then.
         """
-
-        def prepare(index: Index, files: DataFiles) -> tuple[list[Target], Callable[[], LoadReport]]:
-            part = self.checkpoint_part(model)
-            prepared = part.prepare(index, files, strict, prefix)
-            return prepared.targets, lambda: part.apply(prepared)
-
-        return load_checkpoint(Path(path), Peers.of(self.process_group), timeout, prepare)
+        peers = Peers.of(self.process_group)
+        return load_optimizer(Path(path), lambda: self.checkpoint_part(model), peers, timeout, strict, prefix)
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""

@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import contents
-from sharded_radam.checkpoint.index import read_index, verify
+from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.optimizer_part import LoadReport
+from sharded_radam.checkpoint.verification import verify
 from sharded_radam.state import plain_name
 from tests.cases import assert_same, set_grads
 from tests.ranks import WORLD_SIZES, run

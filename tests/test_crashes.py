@@ -25,7 +25,8 @@ from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import directory, files, saving
 from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.checkpoint.index import METADATA, read_index, verify
+from sharded_radam.checkpoint.index import METADATA, read_index
+from sharded_radam.checkpoint.verification import verify
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run, stop
 

@@ -26,9 +26,41 @@ ALLOWED = {
     "state": {"memory", "flat", "ranges", "transport"},
     "differentiable": {"memory", "flat", "radam", "transport"},
     "join": {"memory", "transport"},
+    "checkpoint.agreement": set(),
+    "checkpoint.directory": set(),
+    "checkpoint.decode": set(),
+    "checkpoint.files": {"checkpoint.decode"},
+    "checkpoint.index": {"checkpoint.files"},
+    "checkpoint.verification": {"checkpoint.files", "checkpoint.index"},
+    "checkpoint.reading": {"checkpoint.files", "checkpoint.index"},
+    "checkpoint.contents": {"memory", "ranges"},
+    "checkpoint.saving": {f"checkpoint.{name}" for name in ("agreement", "contents", "directory", "files", "index")},
+    "checkpoint.loading": {f"checkpoint.{name}" for name in ("agreement", "files", "index", "reading")},
+    "checkpoint.saved_optimizer": {*(f"checkpoint.{name}" for name in ("files", "index", "reading")), "state"},
+    "checkpoint.optimizer_part": {
+        *(f"checkpoint.{name}" for name in ("files", "index", "reading", "saved_optimizer")),
+        *("flat", "memory", "ranges", "state"),
+    },
+    "checkpoint.single": {
+        f"checkpoint.{name}"
+        for name in ("agreement", "files", "index", "loading", "optimizer_part", "reading", "saving")
+    },
     "optimizer": {
         *("", "plan", "radam", "memory", "flat", "steps", "layout", "state", "differentiable", "join", "transport"),
+        *(f"checkpoint.{name}" for name in ("agreement", "optimizer_part", "saving", "single")),
     },
+    "checkpoint.model_part": {f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")},
+    "checkpoint.manager": {
+        *("checkpoint.agreement", "checkpoint.contents", "checkpoint.directory", "checkpoint.files"),
+        *("checkpoint.index", "checkpoint.loading", "checkpoint.model_part", "checkpoint.optimizer_part"),
+        *("checkpoint.reading", "checkpoint.saving"),
+    },
+    "checkpoint": {f"checkpoint.{name}" for name in ("agreement", "manager", "optimizer_part", "saving")},
+    "checkpoint.tools": {
+        *("checkpoint.agreement", "checkpoint.directory", "checkpoint.files", "checkpoint.index"),
+        *("checkpoint.reading", "checkpoint.saved_optimizer", "checkpoint.saving", "checkpoint.verification"),
+    },
+    "cli": {"checkpoint.agreement", "checkpoint.index", "checkpoint.tools", "checkpoint.verification"},
     "": {"optimizer", "checkpoint"},
 }
 

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import contents, files, saving
 from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.checkpoint.index import read_index, verify
+from sharded_radam.checkpoint.index import read_index
+from sharded_radam.checkpoint.verification import verify
 from tests.cases import assert_same, set_grads
 from tests.ranks import WORLD_SIZES, run
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, cast
@@ -28,6 +28,11 @@ class Extent(NamedTuple):
     start: int
     length: int
     crc32: int | None
+
+
+def in_order(extents: Iterable[Extent]) -> list[Extent]:
+    """Each extent once, in the order of files and of bytes in them."""
+    return sorted(set(extents), key=lambda extent: (extent.file, extent.start))
 
 
 class DamagedError(ValueError):

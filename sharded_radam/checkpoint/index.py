@@ -12,14 +12,14 @@ import json
 import math
 import pickle
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent
+from sharded_radam.checkpoint.files import DamagedError, Extent
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
@@ -277,39 +277,3 @@ def _checksums(manifest: Manifest | None) -> dict[tuple[str, int], tuple[int, in
             found[file, at] = (length, crc32)
             at += length
     return found
-
-
-def check_coverage(index: Index) -> None:
-    """Raise DamagedError if the boxes of a tensor do not fill it."""
-    for key, tensor in index.tensors.items():
-        covered = sum(math.prod(box.sizes) for box in tensor.boxes)
-        if covered != tensor.numel:
-            raise DamagedError(f"{key}: {covered} of {tensor.numel} elements are in the checkpoint {index.folder}")
-
-
-def verify(index: Index, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
-    """Read all bytes and compare their checksums; check that all tensors are complete.
-
-    Raises:
-        DamagedError: naming the file and what is in it.
-    """
-    index.check_files()
-    check_coverage(index)
-    users: dict[Extent, str] = {extent: key for key, extent in index.objects.items()}
-    for key, tensor in index.tensors.items():
-        users |= {box.extent: f"{key} at {box.offsets}" for box in tensor.boxes}
-    with DataFiles(index.folder, progress) as files:
-        for extent in sorted(users, key=_place):
-            if extent.crc32 is None:  # without a checksum, whether it can be read is all there is to see
-                files.load(extent, users[extent])
-            else:
-                files.read(extent, users[extent])
-
-
-def _place(extent: Extent) -> tuple[str, int]:
-    return extent.file, extent.start
-
-
-def in_order(extents: Iterable[Extent]) -> Sequence[Extent]:
-    """Each extent once, in the order of files and of bytes in them."""
-    return sorted(set(extents), key=_place)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharded_radam.checkpoint import directory
+import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers
 from sharded_radam.checkpoint.contents import Opaque
 from sharded_radam.checkpoint.files import DataFiles

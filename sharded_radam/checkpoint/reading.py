@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent
-from sharded_radam.checkpoint.index import Index, SavedTensor, in_order
+from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
+from sharded_radam.checkpoint.index import Index, SavedTensor
 
 _AHEAD_BYTES = 32 * 2**20
 """So much the disk may read before it is asked for."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sharded_radam.checkpoint import directory
+import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
 from sharded_radam.checkpoint.contents import contents, staged
 from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.agreement import CheckpointError, Peers
+from sharded_radam.checkpoint.agreement import Peers
 from sharded_radam.checkpoint.directory import fsync
 from sharded_radam.checkpoint.files import DataFiles
-from sharded_radam.checkpoint.index import Index, check_coverage
+from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.reading import read_tensor, read_value
 from sharded_radam.checkpoint.saved_optimizer import SavedOptimizer, differing_options, find_optimizer, read_options
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+from sharded_radam.checkpoint.verification import check_coverage
 
 Progress = Callable[[int], object]
 
@@ -235,6 +236,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)
-
-
-__all__ = ["CheckpointError", "consolidate", "differences", "import_file", "summary"]

@@ -1,0 +1,42 @@
+"""One optimizer alone in a checkpoint: ``ShardedRAdam.save`` and ``load``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sharded_radam.checkpoint.agreement import Peers
+from sharded_radam.checkpoint.files import DataFiles
+from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.loading import load_checkpoint
+from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam.checkpoint.reading import Target
+from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+
+
+def save_optimizer(path: Path, make_part: Callable[[], OptimizerPart], peers: Peers, timeout: float) -> SaveReport:
+    """Save under the key "optim"; ``make_part`` may raise, as all that can fail on one rank only."""
+
+    def collect() -> Saved:
+        part = make_part()
+        return Saved({"optim": part.content()}, {}, {"step": part.step()})
+
+    return Save(path, collect, peers, timeout).write()
+
+
+def load_optimizer(
+    path: Path,
+    make_part: Callable[[], OptimizerPart],
+    peers: Peers,
+    timeout: float,
+    strict: bool,
+    prefix: str | None,
+) -> LoadReport:
+    """Load what any of torch's or our ways of saving wrote of a RAdam."""
+
+    def prepare(index: Index, files: DataFiles) -> tuple[list[Target], Callable[[], LoadReport]]:
+        part = make_part()
+        prepared = part.prepare(index, files, strict, prefix)
+        return prepared.targets, lambda: part.apply(prepared)
+
+    return load_checkpoint(path, peers, timeout, prepare)
