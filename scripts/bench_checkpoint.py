@@ -135,12 +135,11 @@ def drop_from_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def blocked(peer: Peer, path: Path) -> tuple[float, float]:
+def blocked(peer: Peer, manager: CheckpointManager, step: int) -> tuple[float, float]:
     """Seconds that training waits for an asynchronous save, and until it is committed."""
-    manager = CheckpointManager(path)
     begin = time.perf_counter()
-    waited = seconds(lambda: manager.save(1, optimizer=peer.optimizer, blocking=False))
-    manager.close()
+    waited = seconds(lambda: manager.save(step, optimizer=peer.optimizer, blocking=False))
+    manager.wait()
     return waited, time.perf_counter() - begin
 
 
@@ -148,6 +147,7 @@ def measure(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     everyone = {kind: Peer(kind) for kind in (OURS, ZERO, FSDP, PLAIN)}
     main = dist.get_rank() == 0
+    manager = CheckpointManager(folder / "async", keep=1)
     for round_ in range(rounds + 1):
         for kind, peer in everyone.items():
             path = folder / f"{kind.split()[0].strip(',')}-{round_}"
@@ -158,17 +158,19 @@ def measure(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
                 drop_from_cache(path)
             times["load, not cached"] = seconds(lambda p=peer, at=path: p.load(at))  # type: ignore[misc]
             if kind == OURS:
-                waited, committed = blocked(peer, folder / f"async-{round_}")
+                waited, committed = blocked(peer, manager, round_)
                 times |= {"async save: training waits": waited, "async save: committed": committed}
             dist.barrier()
             if main:
                 times["bytes"] = float(sum(file.stat().st_size for file in files_of(path)))
-                for used in (path, folder / f"async-{round_}"):
-                    shutil.rmtree(used, ignore_errors=True)
-                    used.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
             if round_:  # the first one warms up
                 for name, value in times.items():
                     found.setdefault(kind, {}).setdefault(name, []).append(value)
+    manager.close()
+    if main:
+        shutil.rmtree(manager.folder)
     return found
 
 

@@ -39,7 +39,7 @@ ALLOWED = {
     "checkpoint.saved_optimizer": {*(f"checkpoint.{name}" for name in ("files", "index", "reading")), "state"},
     "checkpoint.optimizer_part": {
         *(f"checkpoint.{name}" for name in ("files", "index", "reading", "saved_optimizer")),
-        *("flat", "memory", "ranges", "state"),
+        *("flat", "ranges", "state"),
     },
     "checkpoint.single": {
         f"checkpoint.{name}"

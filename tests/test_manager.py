@@ -374,7 +374,6 @@ def check_memory(rank: int, world_size: int, folder: str) -> None:
     optimizer.step()
     optimizer.zero_grad()
     shard, chunk, slack = 128 * mib // world_size, 16 * mib // world_size, 8 * mib
-    manager = CheckpointManager(folder, timeout=20)
     for attempt in range(3):  # the first one imports modules
         place = Path(folder, str(attempt))
         save, kept = peak_growth(lambda place=place: optimizer.save(place, timeout=20))
@@ -383,8 +382,8 @@ def check_memory(rank: int, world_size: int, folder: str) -> None:
         assert attempt == 0 or (load < shard + chunk + slack and kept < slack), (load / mib, kept / mib)
 
         def in_background(attempt: int = attempt) -> None:
-            manager.save(attempt, optimizer=optimizer, blocking=False)
-            manager.wait()
+            with CheckpointManager(folder, timeout=20) as manager:
+                manager.save(attempt, optimizer=optimizer, blocking=False)
 
         background, kept = peak_growth(in_background)
         assert attempt == 0 or (background < shard + slack and kept < slack), (background / mib, kept / mib)
@@ -430,10 +429,13 @@ def test_staging_is_as_large_as_what_is_written() -> None:
     model, optimizer, _ = training()
     content = {"model": dict(model.state_dict()), "optim": optimizer.checkpoint_part(model).content()}
     live = contents.contents(content, {}, 0, 1)
-    copy = contents.staged(live)
+    staging = contents.Staging()
+    copy = staging.copy(live)
     assert copy.nbytes == live.nbytes
     storages = {part.data.untyped_storage().data_ptr(): part.data.untyped_storage().nbytes() for part in copy.parts}
     assert sum(storages.values()) == live.nbytes
+    again = staging.copy(live)
+    assert [part.data.data_ptr() for part in again.parts] == [part.data.data_ptr() for part in copy.parts]
     for one, other in zip(live.parts, copy.parts, strict=True):
         assert torch.equal(one.data, other.data)
         assert not one.data.numel() or one.data.data_ptr() != other.data.data_ptr()

@@ -14,7 +14,7 @@ import hashlib
 import math
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,13 +57,6 @@ class Contents:
     parts: list[Part]
     objects: dict[str, Any]
     aliases: dict[str, str]
-    memory: mmap.mmap | None = None
-
-    def free(self) -> None:
-        """Give staging memory back now; torch.save leaves cycles that keep it until garbage is collected."""
-        if self.memory is not None:
-            with contextlib.suppress(AttributeError):
-                self.memory.madvise(mmap.MADV_DONTNEED)
 
     def digest(self) -> str:
         """Equal on two ranks if they save the same things."""
@@ -112,18 +105,36 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
     return Contents(described, paths, parts, objects, aliases)
 
 
-def staged(source: Contents) -> Contents:
-    """A copy of a rank's part in memory of its own, so that live tensors may change: ``nbytes`` bytes, on CPU."""
-    sizes = [-(-part.data.nbytes // 64) * 64 for part in source.parts]
-    memory = large_pages(max(sum(sizes), 1))
-    storage, copies, at = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage(), [], 0
-    for part, size in zip(source.parts, sizes, strict=True):
-        copy = torch.empty(0, dtype=part.data.dtype)
-        copy.set_(storage[at : at + part.data.nbytes], 0, part.data.shape)  # type: ignore[call-overload]
-        copy.copy_(part.data)
-        copies.append(Part(part.key, part.offsets, copy))
-        at += size
-    return Contents(source.described, source.paths, copies, source.objects, source.aliases, memory)
+class Staging:
+    """Host memory for a copy of a rank's part, so that live tensors may change; used again by the next save.
+
+    New memory is what takes time: a page is cleared by the system before a byte is copied.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+
+    def copy(self, source: Contents) -> Contents:
+        """The same with tensors in this memory, on CPU: as many bytes as are written, and those of the last copy."""
+        sizes = [-(-part.data.nbytes // 64) * 64 for part in source.parts]
+        if self._memory is None or len(self._memory) < sum(sizes):
+            self.free()
+            self._memory = large_pages(max(sum(sizes), 1))
+        storage, copies, at = torch.frombuffer(self._memory, dtype=torch.uint8).untyped_storage(), [], 0
+        for part, size in zip(source.parts, sizes, strict=True):
+            copy = torch.empty(0, dtype=part.data.dtype)
+            copy.set_(storage[at : at + part.data.nbytes], 0, part.data.shape)  # type: ignore[call-overload]
+            copy.copy_(part.data)
+            copies.append(Part(part.key, part.offsets, copy))
+            at += size
+        return replace(source, parts=copies)
+
+    def free(self) -> None:
+        """Give the memory back to the system, now: torch.save leaves cycles that keep it until garbage is collected."""
+        if self._memory is not None:
+            with contextlib.suppress(AttributeError):
+                self._memory.madvise(mmap.MADV_DONTNEED)
+            self._memory = None
 
 
 def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -5,8 +5,10 @@ This is what torch.distributed.checkpoint's FileSystemWriter writes. CRC-32 is z
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import Tensor
 from sharded_radam.checkpoint.decode import Bytes, decode
 
 _READ_BYTES = 2**20
+_WRITE_BACK_BYTES = 8 * 2**20
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Extent(NamedTuple):
@@ -39,6 +43,16 @@ class DamagedError(ValueError):
     """Bytes are not those that were saved."""
 
 
+def start_write_back(descriptor: int, start: int, length: int) -> None:
+    """Let the disk begin with a part of a file while the next one is made, and not only at the fsync; on Linux.
+
+    Python has no function for it; ``posix_fadvise(DONTNEED)`` does it too, but drops the file from the page cache.
+    """
+    if sys.platform == "linux":
+        sync_file_range = ctypes.CDLL(None).sync_file_range
+        sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+
+
 class DataFile:
     """A file that is written once, from its beginning to its end; a context manager, which waits for the disk."""
 
@@ -47,6 +61,7 @@ class DataFile:
         self._file = path.open("xb")
         self._size = 0
         self._crc32 = 0
+        self._written_back = 0
 
     def __enter__(self) -> DataFile:
         return self
@@ -70,6 +85,10 @@ class DataFile:
         self._crc32 = zlib.crc32(data, self._crc32)
         self._file.write(data)
         self._size += len(data)
+        if self._size - self._written_back > _WRITE_BACK_BYTES:
+            self._file.flush()
+            start_write_back(self._file.fileno(), self._written_back, self._size - self._written_back)
+            self._written_back = self._size
         return len(data)
 
     def flush(self) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers
-from sharded_radam.checkpoint.contents import Opaque
+from sharded_radam.checkpoint.contents import Opaque, Staging
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.loading import load_checkpoint
@@ -77,6 +77,7 @@ class CheckpointManager:
         self._peers = Peers.of(process_group)
         self._timeout = timeout
         self._thread = ThreadPoolExecutor(1, "sharded_radam-save")  # joined when the interpreter ends
+        self._staging = Staging()
         self._in_flight: Future[SaveReport] | None = None
         self.last_report: SaveReport | None = None
 
@@ -111,9 +112,9 @@ class CheckpointManager:
             scheduler: anything with ``state_dict()``.
             data: this rank's position in its data: a plain value, or anything with ``state_dict()``.
             user: a plain value that all ranks have; rank 0's is saved.
-            blocking: if False, this returns as soon as there is a copy of this rank's part (its bytes, in host
-                memory, until they are written); what was saved may then change. One save is in flight at a time:
-                the next one waits for it. Errors come from the next call, or from ``close``.
+            blocking: if False, this returns as soon as there is a copy of this rank's part in host memory, which is
+                kept for the next save until ``close``; what was saved may then change. One save is in flight at a
+                time: the next one waits for it. Errors come from the next call, or from ``close``.
 
         Returns:
             What it took, None if not blocking; ``last_report`` has it once it is committed.
@@ -142,7 +143,7 @@ class CheckpointManager:
         if self._peers.rank == 0:
             directory.remove_leftovers(self.folder, "*")
         final = directory.step_path(self.folder, step)
-        save = Save(final, collect, self._peers, self._timeout, stage=not blocking)
+        save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging)
         if blocking:
             self.last_report = self._write(save)
             return self.last_report
@@ -180,6 +181,7 @@ class CheckpointManager:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._staging.free()
 
     # Loading
 

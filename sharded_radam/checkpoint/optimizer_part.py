@@ -22,7 +22,6 @@ from sharded_radam.checkpoint.saved_optimizer import (
     read_options,
 )
 from sharded_radam.flat import Flat
-from sharded_radam.memory import zeros
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.state import Entry, export_step, pack_groups, plain_name
 
@@ -289,4 +288,5 @@ def _problem(index: Index, name: str, kinds: Mapping[str, str], shape: tuple[int
 
 
 def _staging(flat: Flat) -> dict[str, Tensor]:
-    return {name: zeros(local.numel(), local.dtype, torch.device("cpu")) for name, local in flat.state.items()}
+    # Not in huge pages: they are freed again at once, and to get some where the page cache is full took 2 s a GB.
+    return {name: torch.empty(local.numel(), dtype=local.dtype) for name, local in flat.state.items()}

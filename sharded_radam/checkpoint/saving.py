@@ -19,7 +19,7 @@ import torch
 
 import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
-from sharded_radam.checkpoint.contents import contents, staged
+from sharded_radam.checkpoint.contents import Staging, contents
 from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
 from sharded_radam.checkpoint.index import MANIFEST, METADATA, Box, SavedTensor, write_index
 
@@ -61,14 +61,14 @@ class Save:
         collect: gives what to save; see :func:`~sharded_radam.checkpoint.contents.contents`.
         peers: the ranks.
         timeout: see :class:`Agreement`.
-        stage: whether to copy what is written, so that it may change as soon as this returns.
+        staging: where to copy what is written, if it may change as soon as this returns.
 
     Raises:
         CheckpointError: the ranks do not save the same thing to the same, free, shared place; nothing was written.
     """
 
     def __init__(
-        self, final: Path, collect: Callable[[], Saved], peers: Peers, timeout: float, stage: bool = False
+        self, final: Path, collect: Callable[[], Saved], peers: Peers, timeout: float, staging: Staging | None = None
     ) -> None:
         begin = time.perf_counter()
         self.final = Path(os.path.abspath(final))
@@ -87,8 +87,8 @@ class Save:
         self._unfinished = Path(self._agreement.decide(offer, problem, self._make_directory))
         try:
             self._agreement.decide(self._sees_directory(), decide=self._expect_seen)
-            if stage:
-                self._contents = staged(self._contents)
+            if staging is not None:
+                self._contents = staging.copy(self._contents)
         except BaseException:
             self._give_up()
             raise
@@ -133,8 +133,6 @@ class Save:
         except BaseException:
             self._give_up()
             raise
-        finally:
-            self._contents.free()
         return SaveReport(self.final, num_bytes, self.blocked_s, time.perf_counter() - begin)
 
     def _write_file(self) -> list[Any]:
