@@ -4,13 +4,15 @@
 
 Peers take turns, round by round; a figure is that of the slowest rank, between two barriers, and the disk is idle when
 it begins. The limits are one process that writes the same bytes and waits for the disk, and ranks that read their parts
-of the bytes into fresh memory. Loads are timed twice: with the files in the page cache, and after they were dropped.
+of the bytes. ZeroRedundancyOptimizer, which takes a minute, comes last, twice, of which the first warms up. Loads are
+timed twice: with the files in the page cache, and after they were dropped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -50,11 +52,10 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 class Model(nn.Module):
-    """The parameters of GPT-2, and no more."""
+    """Parameters, and no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         super().__init__()
-        shapes = peers.gpt2_shapes()
         self.weights = nn.ParameterList(peers.make_params(shapes, torch.device("cpu"), [None] * len(shapes)))
 
 
@@ -71,9 +72,9 @@ def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.O
 class Peer:
     """Saves to and loads from a path."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, shapes: list[tuple[int, ...]]) -> None:
         self.kind = kind
-        model = Model()
+        model = Model(shapes)
         if kind in (OURS, ASYNC):
             self.optimizer: Any = stepped(ShardedRAdam(model.named_parameters()), model)
         elif kind == ZERO:
@@ -143,13 +144,15 @@ def blocked(peer: Peer, manager: CheckpointManager, step: int) -> tuple[float, f
     return waited, time.perf_counter() - begin
 
 
-def measure(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
+def measure(rounds: int, folder: Path, shapes: list[tuple[int, ...]]) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
-    everyone = {kind: Peer(kind) for kind in (OURS, ZERO, FSDP, PLAIN)}
+    everyone = {kind: Peer(kind, shapes) for kind in (OURS, FSDP, PLAIN, ZERO)}
     main = dist.get_rank() == 0
     manager = CheckpointManager(folder / "async", keep=1)
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + 3):
         for kind, peer in everyone.items():
+            if (kind == ZERO) != (round_ > rounds):
+                continue
             path = folder / f"{kind.split()[0].strip(',')}-{round_}"
             dist.barrier()
             times = {"save": seconds(lambda p=peer, at=path: p.save(at))}  # type: ignore[misc]
@@ -165,7 +168,7 @@ def measure(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
                 times["bytes"] = float(sum(file.stat().st_size for file in files_of(path)))
                 shutil.rmtree(path, ignore_errors=True)
                 path.unlink(missing_ok=True)
-            if round_:  # the first one warms up
+            if round_ not in (0, rounds + 1):  # the first one warms up
                 for name, value in times.items():
                     found.setdefault(kind, {}).setdefault(name, []).append(value)
     manager.close()
@@ -177,15 +180,17 @@ def measure(rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoint"), help="on the disk to measure")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", choices=peers.SHAPES, default="gpt2")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    shapes = peers.SHAPES[options.shapes]()
     peers.start()
     if dist.get_rank() == 0:
         options.folder.mkdir(parents=True, exist_ok=True)
-        PLAIN_BYTES.extend(torch.rand(124_439_808) for _ in range(2))
-    found = measure(options.rounds, options.folder)
+        PLAIN_BYTES.extend(torch.rand(sum(map(math.prod, shapes))) for _ in range(2))
+    found = measure(options.rounds, options.folder, shapes)
     if dist.get_rank() == 0:
         medians = {kind: {name: statistics.median(t) for name, t in times.items()} for kind, times in found.items()}
         names = ["save", "async save: training waits", "async save: committed", "load", "load, not cached"]

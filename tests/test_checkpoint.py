@@ -411,6 +411,26 @@ def test_strict(tmp_path: Path, world_size: int) -> None:
     run(check_strict, world_size, str(tmp_path))
 
 
+def check_almost_nothing(rank: int, world_size: int, folder: str) -> None:
+    """One element, of which most ranks own nothing; and no element at all."""
+    for numel in (1, 0):
+        param = nn.Parameter(torch.ones(numel, 1))
+        optimizer = ShardedRAdam([("a", param)], lr=0.5)
+        param.grad = torch.ones(numel, 1)
+        optimizer.step()
+        optimizer.save(Path(folder, f"{world_size}-{numel}"))
+        other = ShardedRAdam([("a", nn.Parameter(torch.zeros(numel, 1)))])
+        report = other.load(Path(folder, f"{world_size}-{numel}"))
+        assert (report.loaded, report.numel, report.step) == (1, 2 * numel, 1)
+        assert bool(optimizer._flats[0].spans(0)) == (rank == 0 and numel == 1)
+        assert equal(by_name(optimizer), by_name(other))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranks_that_own_nothing(tmp_path: Path, world_size: int) -> None:
+    run(check_almost_nothing, world_size, str(tmp_path))
+
+
 def test_several_optimizers_in_one_checkpoint(tmp_path: Path) -> None:
     nets = [nn.Linear(3, 4), nn.Linear(3, 4)]
     plain = [torch.optim.RAdam(net.named_parameters()) for net in nets]

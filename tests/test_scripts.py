@@ -47,6 +47,21 @@ def test_bench_memory(tmp_path: Path) -> None:
     assert peers["sharded_radam"]["state_bytes"] < 0.6 * peers["DDP + RAdam"]["state_bytes"]
 
 
+def test_bench_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    flags = ("--shapes", "small", "--rounds", "1", "--folder", str(tmp_path / "x"), "--json", str(file))
+    out = run(2, "bench_checkpoint.py", *flags).stdout
+    figures = json.loads(file.read_text())["seconds"]
+    assert len(figures) == 4
+    for peer, times in figures.items():
+        assert peer in out
+        assert times.keys() >= {"save", "load", "load, not cached", "bytes"}
+    ours = figures["sharded_radam"]
+    assert ours.keys() >= {"async save: training waits", "async save: committed"}
+    assert ours["bytes"][0] < 1.05 * figures["the bytes alone"]["bytes"][0]
+    assert not list((tmp_path / "x").iterdir())
+
+
 def table(tmp_path: Path, resumed_at: float, resumed_to: float) -> subprocess.CompletedProcess[str]:
     losses = {"first": (5.0, 3.0), "resumed": (resumed_at, resumed_to), "zero": (5.0, 4.0)}
     for name, (before, after) in losses.items():
