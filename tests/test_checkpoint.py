@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,7 @@ def check_equal_parts(rank: int, world_size: int, folder: str) -> None:
     per_rank = {"model": 0, "optim": 0}
     for key, tensor in index.tensors.items():
         for box in tensor.boxes:
-            num_bytes = contents.numel_of(box.sizes) * tensor.dtype.itemsize
+            num_bytes = math.prod(box.sizes) * tensor.dtype.itemsize
             assert num_bytes <= 4096
             if box.extent.file == f"__{rank}_0.distcp" and not key.endswith(".step"):
                 per_rank[key.partition(".")[0]] += num_bytes

@@ -32,9 +32,11 @@ ALLOWED = {
     "checkpoint.files": {"checkpoint.decode"},
     "checkpoint.index": {"checkpoint.files"},
     "checkpoint.verification": {"checkpoint.files", "checkpoint.index"},
-    "checkpoint.reading": {"checkpoint.files", "checkpoint.index"},
+    "checkpoint.reading": {"checkpoint.files", "checkpoint.index", "checkpoint.verification"},
     "checkpoint.contents": {"memory", "ranges"},
-    "checkpoint.saving": {f"checkpoint.{name}" for name in ("agreement", "contents", "directory", "files", "index")},
+    "checkpoint.saving": {
+        f"checkpoint.{name}" for name in ("agreement", "contents", "directory", "files", "index", "verification")
+    },
     "checkpoint.loading": {f"checkpoint.{name}" for name in ("agreement", "files", "index", "reading")},
     "checkpoint.saved_optimizer": {*(f"checkpoint.{name}" for name in ("files", "index", "reading")), "state"},
     "checkpoint.optimizer_part": {

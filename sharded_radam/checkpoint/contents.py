@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -61,11 +60,6 @@ class Contents:
     def digest(self) -> str:
         """Equal on two ranks if they save the same things."""
         return hashlib.sha256(repr((sorted(self.described.items()), sorted(self.paths))).encode()).hexdigest()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensors that this rank writes."""
-        return sum(part.data.nbytes for part in self.parts)
 
 
 def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], Paths]:
@@ -180,8 +174,3 @@ def _parts(key: str, tensor: RangeTensor, rank: int) -> list[Part]:
     ]
     split = RangeTensor(tensor.shape, pieces, tensor.memory_order, tensor.dtype, tensor.device)
     return [Part(key, tuple(offsets), view) for offsets, view in split.boxes().items()]
-
-
-def numel_of(sizes: tuple[int, ...]) -> int:
-    """Elements of a box."""
-    return math.prod(sizes)

@@ -110,7 +110,9 @@ class _Unpickler(pickle.Unpickler):
         return torch.frombuffer(self._content, dtype=dtype, count=numel, offset=start)
 
 
-def _rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    if not isinstance(storage, Tensor):
+def _rebuild(
+    storage: Tensor, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, metadata: Any = None
+) -> Tensor:
+    if not isinstance(storage, Tensor) or metadata:  # which says whether it is a conjugate or negative view
         raise _NotPlainError
     return storage.as_strided(tuple(size), tuple(stride), offset)

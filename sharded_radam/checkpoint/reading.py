@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
 from sharded_radam.checkpoint.index import Index, SavedTensor
+from sharded_radam.checkpoint.verification import check_coverage
 
 _AHEAD_BYTES = 32 * 2**20
 """So much the disk may read before it is asked for."""
@@ -93,23 +93,21 @@ def read(index: Index, reads: Reads) -> None:
 def read_tensor(index: Index, key: str, files: DataFiles) -> Tensor:
     """A whole tensor, in memory of its own."""
     saved = index.tensors[key]
-    if len(saved.boxes) == 1:
-        whole = files.load(saved.boxes[0].extent, key)
-        assert isinstance(whole, Tensor)
-        return whole
-    return _assemble(saved, key, files)
-
-
-def _assemble(saved: SavedTensor, key: str, files: DataFiles) -> Tensor:
     whole = torch.empty(saved.shape, dtype=saved.dtype)
-    covered = 0
+    fill_tensor(whole, saved, key, files)
+    return whole
+
+
+def fill_tensor(whole: Tensor, saved: SavedTensor, key: str, files: DataFiles) -> None:
+    """Copy all boxes of a tensor into ``whole``, one chunk at a time.
+
+    Raises:
+        DamagedError: a chunk is not what was saved, or they do not fill the tensor.
+    """
+    check_coverage({key: saved})
     for box in saved.boxes:
         at = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes, strict=True))
         whole[at].copy_(files.tensor(box.extent, key))
-        covered += math.prod(box.sizes)
-    if covered != saved.numel:
-        raise DamagedError(f"{key}: {covered} of {saved.numel} elements are in the checkpoint")
-    return whole
 
 
 def read_value(index: Index, key: str, files: DataFiles) -> Any:

@@ -6,7 +6,6 @@ files are on the disk; committed.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -22,6 +21,7 @@ from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
 from sharded_radam.checkpoint.contents import Staging, contents
 from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
 from sharded_radam.checkpoint.index import MANIFEST, METADATA, Box, SavedTensor, write_index
+from sharded_radam.checkpoint.verification import check_coverage
 
 _SEEN_WITHIN_S = 10.0
 """Network file systems may show a new directory late."""
@@ -169,10 +169,7 @@ class Save:
             key: SavedTensor(dtype, shape, tuple(boxes[key]))
             for key, (dtype, shape) in self._contents.described.items()
         }
-        for key, tensor in tensors.items():
-            covered = sum(math.prod(box.sizes) for box in tensor.boxes)
-            if covered != tensor.numel:
-                raise ValueError(f"{key}: the ranks wrote {covered} of {tensor.numel} elements")
+        check_coverage(tensors)
         paths = {key: self._contents.paths.get(key, (key,)) for key in [*tensors, *objects]}
         write_index(self._unfinished, tensors, objects, paths, self._info)
         directory.fsync(self._unfinished / METADATA)

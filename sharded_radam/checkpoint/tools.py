@@ -14,7 +14,7 @@ from sharded_radam.checkpoint.agreement import Peers
 from sharded_radam.checkpoint.directory import fsync
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.reading import read_tensor, read_value
+from sharded_radam.checkpoint.reading import fill_tensor, read_tensor, read_value
 from sharded_radam.checkpoint.saved_optimizer import SavedOptimizer, differing_options, find_optimizer, read_options
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.checkpoint.verification import check_coverage
@@ -66,7 +66,7 @@ def consolidate(index: Index, output: Path, prefix: str | None = None, progress:
     """
     if output.exists():
         raise ValueError(f"{output} exists: choose another name, or remove it first")
-    check_coverage(index)
+    check_coverage(index.tensors)
     with DataFiles(index.folder, progress) as files:
         saved = find_optimizer(index, files, prefix)
         groups = _consolidated_groups(index, saved, files)
@@ -137,10 +137,7 @@ def _fill(path: Path, index: Index, keys: Mapping[int, Mapping[str, str]], files
     for number, kinds in keys.items():
         for kind, key in kinds.items():
             if key in index.tensors:
-                whole = content["state"][number][kind]
-                for box in index.tensors[key].boxes:
-                    at = tuple(slice(first, first + size) for first, size in zip(box.offsets, box.sizes, strict=True))
-                    whole[at].copy_(files.tensor(box.extent, key))
+                fill_tensor(content["state"][number][kind], index.tensors[key], key, files)
     fsync(path)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
-from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.index import Index, SavedTensor
 
 
-def check_coverage(index: Index) -> None:
+def check_coverage(tensors: Mapping[str, SavedTensor]) -> None:
     """Raise DamagedError if the boxes of a tensor do not fill it."""
-    for key, tensor in index.tensors.items():
+    for key, tensor in tensors.items():
         covered = sum(math.prod(box.sizes) for box in tensor.boxes)
         if covered != tensor.numel:
-            raise DamagedError(f"{key}: {covered} of {tensor.numel} elements are in the checkpoint {index.folder}")
+            raise DamagedError(f"{key}: {covered} of {tensor.numel} elements are in the checkpoint")
 
 
 def verify(index: Index, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
@@ -24,7 +24,7 @@ def verify(index: Index, progress: Callable[[int], object] = lambda num_bytes: N
         DamagedError: naming the file and what is in it.
     """
     index.check_files()
-    check_coverage(index)
+    check_coverage(index.tensors)
     users: dict[Extent, str] = {extent: key for key, extent in index.objects.items()}
     for key, tensor in index.tensors.items():
         users |= {box.extent: f"{key} at {box.offsets}" for box in tensor.boxes}
