@@ -35,7 +35,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import CheckpointManager, ShardedRAdam
 
-OURS, ASYNC = "sharded_radam", "sharded_radam, async: training waits"
+OURS = "sharded_radam"
 ZERO, FSDP, PLAIN = "ZeroRedundancyOptimizer + torch.save", "FSDP2 + torch.distributed.checkpoint", "the bytes alone"
 
 
@@ -75,7 +75,7 @@ class Peer:
     def __init__(self, kind: str, shapes: list[tuple[int, ...]]) -> None:
         self.kind = kind
         model = Model(shapes)
-        if kind in (OURS, ASYNC):
+        if kind == OURS:
             self.optimizer: Any = stepped(ShardedRAdam(model.named_parameters()), model)
         elif kind == ZERO:
             zero = ZeroRedundancyOptimizer(

@@ -428,9 +428,12 @@ def test_every_chunk_is_read_once(tmp_path: Path, world_size: int) -> None:
 def test_staging_is_as_large_as_what_is_written() -> None:
     model, optimizer, _ = training()
     content = {"model": dict(model.state_dict()), "optim": optimizer.checkpoint_part(model).content()}
-    live = contents.contents(content, {}, 0, 1)
+    position = {"at": [1, 2]}
+    live = contents.contents(content, {"data": position}, 0, 1)
     staging = contents.Staging()
     copy = staging.copy(live)
+    position["at"].append(3)  # values may change as well as tensors
+    assert copy.objects["data.0"] == {"at": [1, 2]}
     num_bytes = sum(part.data.nbytes for part in live.parts)
     storages = {part.data.untyped_storage().data_ptr(): part.data.untyped_storage().nbytes() for part in copy.parts}
     assert sum(storages.values()) == num_bytes

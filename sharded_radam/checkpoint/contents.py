@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import mmap
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -84,7 +85,11 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
     described = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
     objects: dict[str, Any] = {}
     if rank == 0:
-        objects = {key: getattr(value, "value", value) for key, value in flat.items() if key not in tensors}
+        objects = {
+            key: value.value if isinstance(value, Opaque) else value
+            for key, value in flat.items()
+            if key not in tensors
+        }
     objects |= {f"{name}.{rank}": value for name, value in own.items()}
     aliases = _aliases(tensors)
     replicated = {
@@ -121,7 +126,7 @@ class Staging:
             copy.copy_(part.data)
             copies.append(Part(part.key, part.offsets, copy))
             at += size
-        return replace(source, parts=copies)
+        return replace(source, parts=copies, objects=deepcopy(source.objects))
 
     def free(self) -> None:
         """Give the memory back to the system, now: torch.save leaves cycles that keep it until garbage is collected."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sharded_radam.checkpoint.contents import flatten
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.optimizer_part import some
+from sharded_radam.checkpoint.optimizer_part import list_differences, some
 from sharded_radam.checkpoint.reading import Target, read_value
 
 
@@ -48,14 +48,9 @@ def model_targets(
         for key, shape in sorted(shapes.items())
         if shape != tuple(tensors[key].shape)
     ]
-    kinds = {
-        "missing in the checkpoint": sorted(flat.keys() - saved),
-        "unexpected in the checkpoint": sorted(saved - flat.keys()),
-        "mismatched": mismatched,
-    }
-    if strict and any(kinds.values()):
-        found = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names)
-        raise ValueError(f"{found}. Expected the model that was saved; strict=False loads what fits")
+    found = list_differences(sorted(flat.keys() - saved), sorted(saved - flat.keys()), mismatched)
+    if strict and found:
+        raise ValueError(f"{'; '.join(found)}. Expected the model that was saved; strict=False loads what fits")
     staged: dict[str, Any] = {
         key: torch.empty(tensors[key].shape, dtype=tensors[key].dtype)
         for key, shape in shapes.items()

@@ -48,12 +48,17 @@ class LoadReport:
 
     def differences(self) -> list[str]:
         """Names that are missing, unexpected or mismatched, as text."""
-        kinds = {
-            "missing in the checkpoint": self.missing,
-            "unexpected in the checkpoint": self.unexpected,
-            "mismatched": self.mismatched,
-        }
-        return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
+        return list_differences(self.missing, self.unexpected, self.mismatched)
+
+
+def list_differences(missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> list[str]:
+    """What of a checkpoint does not fit, as text; nothing if all does."""
+    kinds = {
+        "missing in the checkpoint": missing,
+        "unexpected in the checkpoint": unexpected,
+        "mismatched": mismatched,
+    }
+    return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
 
 
 def some(names: Sequence[str]) -> str:
