@@ -1,8 +1,9 @@
 """RAdam with its state sharded over data-parallel ranks, for PyTorch."""
 
+from sharded_radam.amp import GradScaler
 from sharded_radam.checkpoint import CheckpointError, CheckpointManager
 from sharded_radam.optimizer import ShardedRAdam
 
-__all__ = ["CheckpointError", "CheckpointManager", "ShardedRAdam", "__version__"]
+__all__ = ["CheckpointError", "CheckpointManager", "GradScaler", "ShardedRAdam", "__version__"]
 
 __version__ = "0.1.0"

@@ -38,6 +38,7 @@ class Flat:
         params: the parameters of the plan's slots, in their order. They become views of the buffer if ``as_views``,
             with the strides they have; otherwise they stay what they are, and the buffer is a copy of them.
         rank: whose shards have their state here.
+        buffer: memory to use, 1-D, of the plan's size; new memory if None.
 
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
@@ -45,7 +46,13 @@ class Flat:
     """
 
     def __init__(
-        self, plan: FlatPlan, specs: Sequence[ParamSpec], params: Sequence[Tensor], rank: int, as_views: bool
+        self,
+        plan: FlatPlan,
+        specs: Sequence[ParamSpec],
+        params: Sequence[Tensor],
+        rank: int,
+        as_views: bool,
+        buffer: Tensor | None = None,
     ) -> None:
         self.plan = plan
         self.specs = [specs[slot.param] for slot in plan.slots]
@@ -55,7 +62,7 @@ class Flat:
         self.is_half = params[0].dtype in HALF_DTYPES
         device, dtype = params[0].device, params[0].dtype
         state_dtype = torch.float32 if self.is_half else dtype
-        self.buffer = zeros(plan.numel, dtype, device)
+        self.buffer = zeros(plan.numel, dtype, device) if buffer is None else buffer
         self.state = {
             name: zeros(plan.local_numel, state_dtype, device)
             for name in ("exp_avg", "exp_avg_sq", *(("master",) if self.is_half else ()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,15 @@ from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.saving import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.flat import Flat
+from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, describe
-from sharded_radam.memory import check_device, check_memory, flat_gradient
+from sharded_radam.memory import check_device, check_memory, flat_gradient, flatten, unflatten
+from sharded_radam.overlap import Arrivals
 from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.steps import Cohort, count_step, set_counts
-from sharded_radam.transport import Alone, Transport, make_transport
+from sharded_radam.transport import Alone, Handle, Transport, make_transport
 
 logger = logging.getLogger("sharded_radam")
 
@@ -43,14 +47,17 @@ class Options:
     fused: bool | None
     bucket_cap_mb: float
     as_views: bool
+    shard_gradients: bool
+    check_gradients: bool
 
 
 class ShardedRAdam(RAdam, Joinable):
-    r"""``torch.optim.RAdam`` with its state partitioned over the ranks of a process group (ZeRO stage 1).
+    r"""``torch.optim.RAdam`` with its state partitioned over the ranks of a process group (ZeRO stages 1 and 2).
 
     Use it in the place of RAdam, with DistributedDataParallel as it is; the results are RAdam's. Each step
 
-    1. takes the gradients of the own shard out of ``p.grad`` (DDP has averaged them),
+    1. takes the gradients of the own shard out of ``p.grad`` (DDP has averaged them), or, with ``shard_gradients``,
+       from what was reduce-scattered during backward,
     2. updates the own shard of each bucket in place (parameters are views of the buckets),
     3. all-gathers the buckets in place; bucket i travels while bucket i+1 is updated.
 
@@ -65,10 +72,22 @@ class ShardedRAdam(RAdam, Joinable):
             is communicated.
         bucket_cap_mb: size of a bucket in MiB.
         parameters_as_bucket_view: if False, parameters keep their own memory, and the buckets cost as much again.
-        transport: "native", "gloo", or None to choose by device and backend.
+        transport: "native", "gloo", "shared_memory", or None to choose: native on CUDA, shared memory where all ranks
+            are on CPUs of one host, otherwise gloo.
+        shard_gradients: replaces DistributedDataParallel (ZeRO stage 2): gradients are averaged while backward runs,
+            each rank keeps its shards', and ``p.grad`` is released. The model is not wrapped. See ``no_sync``,
+            ``clip_grad_norm_``, ``grad_norm`` and :class:`sharded_radam.GradScaler`. Between two steps all ranks run
+            the same number of backward passes, and each of them reaches one parameter that the others reach too.
+        check_gradients: with ``shard_gradients``, log local gradients that are not finite before they are reduced, with
+            rank and name, and raise on all ranks before the update. Reads every gradient once more.
+        share_parameters: one copy of the parameters for all ranks of a host (shared memory only). Nobody but this
+            optimizer may write to them while training goes on, and a step waits until every rank has come to it.
+            What one rank writes, all see: load weights on all ranks, then let them meet (``dist.barrier()``).
+        module: the model, with ``shard_gradients``: its buffers are broadcast from rank 0 too.
 
     fp16 and bf16 parameters have fp32 moments and an fp32 master, and are updated in fp32. All state exists from
-    construction on. Construction and ``add_param_group`` are collective.
+    construction on. Construction and ``add_param_group`` are collective; with ``shard_gradients`` or
+    ``share_parameters`` they broadcast the parameters from rank 0.
 
     Raises:
         ValueError: what RAdam refuses; arguments that exclude each other; parameters that do not fit into buckets;
@@ -95,6 +114,10 @@ class ShardedRAdam(RAdam, Joinable):
         bucket_cap_mb: float = 25.0,
         parameters_as_bucket_view: bool = True,
         transport: str | None = None,
+        shard_gradients: bool = False,
+        check_gradients: bool = False,
+        share_parameters: bool = False,
+        module: nn.Module | None = None,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB above 0")
@@ -102,9 +125,19 @@ class ShardedRAdam(RAdam, Joinable):
             raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
         if differentiable and foreach:
             raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
+        if differentiable and (shard_gradients or share_parameters):
+            raise ValueError("differentiable=True excludes shard_gradients=True and share_parameters=True")
+        if (check_gradients or module is not None) and not shard_gradients:
+            raise ValueError("check_gradients=True and module= are for shard_gradients=True")
+        if share_parameters and not parameters_as_bucket_view:
+            raise ValueError("share_parameters=True excludes parameters_as_bucket_view=False")
         Joinable.__init__(self)
-        self._options = Options(fused, bucket_cap_mb, parameters_as_bucket_view and not differentiable)
+        as_views = parameters_as_bucket_view and not differentiable
+        self._options = Options(fused, bucket_cap_mb, as_views, shard_gradients, check_gradients)
+        self._broadcasts = shard_gradients or share_parameters
         self._flats: list[Flat] = []
+        self._gradients: ShardedGradients | None = None
+        self._arrivals: Arrivals | None = None
         self._consolidated: dict[str, Any] | None = None
         self._joined = False
         self._transport: Transport | None = None
@@ -120,8 +153,10 @@ class ShardedRAdam(RAdam, Joinable):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._transport = make_transport(process_group, self._device(), transport)
+        self._transport = make_transport(process_group, self._device(), transport, share_parameters)
         self._adopt(self.param_groups)
+        if module is not None:
+            self.broadcast_buffers(module)
         if self._transport.rank == 0:
             logger.info("%s", self._summary())
 
@@ -156,18 +191,51 @@ class ShardedRAdam(RAdam, Joinable):
             check_memory(everything, self._options.as_views)
             if self._network.world_size > 1:
                 check_device([param for param, _ in everything])
+            if self.shards_gradients:
+                check_not_wrapped(params)
         except ValueError as error:
             problem = error
-        self._build(agree(specs, problem, self._network, self._options.bucket_cap_mb), params)
+        plan = agree(specs, problem, self._network, self._options.bucket_cap_mb)
+        self._wait_for_parameters()
+        if self._gradients is not None:
+            self._gradients.finish()
+        if self._broadcasts:
+            for param, spec in zip(params, specs, strict=True):
+                flat = flatten(param.detach(), spec.dim_order).contiguous()
+                self._network.broadcast(flat)
+                if flat.data_ptr() != param.data_ptr():
+                    param.copy_(unflatten(flat, param))
+        buffers = [self._network.buffer(flat.numel, plan.params[flat.slots[0].param].dtype) for flat in plan.flats]
+        self._build(plan, params, buffers)
+        if self._gradients is not None:
+            self._gradients.make_reducer()
 
-    def _build(self, plan: ShardPlan, params: Sequence[Tensor]) -> None:
-        for flat_plan in plan.flats:
+    def _build(self, plan: ShardPlan, params: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> None:
+        """Make the flats of a plan, in the memory given or in new memory; not collective."""
+        first = len(self._flats)
+        for flat_plan, buffer in zip(plan.flats, buffers, strict=True):
             members = [params[slot.param] for slot in flat_plan.slots]
-            flat = Flat(flat_plan, plan.params, members, self._network.rank, self._options.as_views)
+            flat = Flat(flat_plan, plan.params, members, self._network.rank, self._options.as_views, buffer)
             self._flats.append(flat)
             for param, views in zip(members, flat.local_state, strict=True):
                 self.state[param] = dict(views)
             set_counts(self.state, members, [0.0] * len(members), self._counter_device(flat))
+        if self._gradients is not None:
+            self._gradients.extend(self._flats[first:])
+        elif self.shards_gradients:
+            self._gradients = ShardedGradients(self._flats, self._network, self._options.check_gradients)
+
+    @torch.no_grad()
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Collective: rank 0's buffers (running statistics and the like) to all ranks, as DDP does in each forward.
+
+        Without DistributedDataParallel nobody else does: call it before validation or saving, if the model has some.
+        """
+        for buffer in module.buffers():
+            whole = buffer.detach().contiguous()
+            self._network.broadcast(whole)
+            if whole.data_ptr() != buffer.data_ptr():
+                buffer.copy_(whole)
 
     def _summary(self) -> str:
         """What the log says of the layout: one line."""
@@ -216,7 +284,8 @@ class ShardedRAdam(RAdam, Joinable):
 
         Raises:
             RuntimeError: a parameter was moved, recast or replaced, or has a sparse gradient. Checked before anything
-                is changed or sent.
+                is changed or sent. With ``shard_gradients``: a rank is gone or does something else; on all ranks, with
+                ``check_gradients``, a gradient is not finite.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -227,6 +296,8 @@ class ShardedRAdam(RAdam, Joinable):
             Join.notify_join_context(self)
         if self._join_config.enable:
             share_gradients(self.param_groups, self._network, self._joined)
+        if self._gradients is not None and self._overflowed(self._gradients):
+            return loss
         with torch.no_grad():
             cohorts = self._prepare()
         if self.defaults["differentiable"]:
@@ -235,21 +306,32 @@ class ShardedRAdam(RAdam, Joinable):
         else:
             with torch.no_grad():
                 self._update_and_gather(cohorts)
+        if self._gradients is not None:
+            self._gradients.stepped()
         return loss
 
     def _prepare(self) -> list[list[Cohort]]:
         """All that can fail, then count the steps of the parameters that have a gradient."""
+        self._wait_for_parameters()
         for flat in self._flats:
             flat.check()
+        if self._gradients is None:
+            present = [[param.grad is not None for param in flat.params] for flat in self._flats]
+        else:
+            present = self._gradients.finish()
         for flat in self._flats:
             self._take_back_state(flat)
         self._consolidated = None
-        return [count_step(self.state, flat.params, self._group(flat)["capturable"]) for flat in self._flats]
+        return [
+            count_step(self.state, flat.params, has_grad, self._group(flat)["capturable"])
+            for flat, has_grad in zip(self._flats, present, strict=True)
+        ]
 
     def _update_and_gather(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
         """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
-        handles = []
-        for flat, flat_cohorts in zip(self._flats, cohorts, strict=True):
+        handles: dict[tuple[int, int], list[Handle]] = {}
+        self._network.begin_update()
+        for index, (flat, flat_cohorts) in enumerate(zip(self._flats, cohorts, strict=True)):
             grads: dict[int, Tensor] = {}
             for bucket in range(flat.plan.num_buckets):
                 with record_function("sharded_radam::update"):
@@ -257,9 +339,13 @@ class ShardedRAdam(RAdam, Joinable):
                     for cohort in flat_cohorts:
                         self._update(flat, bucket, cohort, grads)
                 with record_function("sharded_radam::all_gather"):
-                    handles += self._network.all_gather(flat.bucket(bucket))
-        with record_function("sharded_radam::wait"):
-            for handle in handles:
+                    handles[index, bucket] = self._network.all_gather(flat.bucket(bucket))
+        with record_function("sharded_radam::all_gather"):
+            self._network.end_update()
+            if self._arrivals is not None:
+                self._arrivals.begin(self._flats, handles)
+                return
+            for handle in (handle for bucket in handles.values() for handle in bucket):
                 handle.wait()
         for flat in self._flats:
             flat.copy_out()
@@ -271,11 +357,14 @@ class ShardedRAdam(RAdam, Joinable):
         for own in flat.pieces[bucket]:
             at = own.piece
             if at.slot in cohort.slots:
-                if at.slot not in grads:
-                    grads[at.slot] = flat_gradient(flat.params[at.slot], flat.specs[at.slot])
-                grad = grads[at.slot]
-                if at.numel != flat.plan.slots[at.slot].numel:
-                    grad = grad.narrow(0, reals * at.start, reals * at.numel)
+                if self._gradients is not None:
+                    grad = self._gradients.sum_of(flat).narrow(0, reals * at.local_start, reals * at.numel)
+                else:
+                    if at.slot not in grads:
+                        grads[at.slot] = flat_gradient(flat.params[at.slot], flat.specs[at.slot])
+                    grad = grads[at.slot]
+                    if at.numel != flat.plan.slots[at.slot].numel:
+                        grad = grad.narrow(0, reals * at.start, reals * at.numel)
                 operands.append(Operands(own.param, grad, own.exp_avg, own.exp_avg_sq, own.master))
         hyper = Hyperparameters.of(self._group(flat))
         if isinstance(cohort.step, Tensor):
@@ -308,6 +397,125 @@ class ShardedRAdam(RAdam, Joinable):
             state.update(views)
             set_counts(self.state, [param], [entry.step], self._counter_device(flat))
 
+    # Gradients
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether gradients are in the shards, and not in ``param.grad``."""
+        return self._options.shard_gradients
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # torch.amp.GradScaler then leaves unscaling and skipping to step().
+        return self.shards_gradients
+
+    def _overflowed(self, gradients: ShardedGradients) -> bool:
+        """What a GradScaler has left to do here: whether to skip this step, and unscaling."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return False
+        if not isinstance(found_inf, Tensor):  # the sum over no gradients
+            raise RuntimeError(
+                "torch.amp.GradScaler does not see sharded gradients: use sharded_radam.GradScaler, with the same "
+                "arguments"
+            )
+        if found_inf.item():
+            gradients.stepped()
+            return True
+        if scale is not None:
+            with torch.no_grad():
+                torch._foreach_mul_(gradients.own(), scale.double().reciprocal().float())
+        return False
+
+    def unscale_gradients_(self, inv_scale: Tensor, found_inf: Tensor) -> Tensor:
+        """Collective, for :class:`sharded_radam.GradScaler`: unscale the shards, agree on infs.
+
+        Args:
+            inv_scale: 1-element tensor to multiply by.
+            found_inf: 1-element tensor, set to 1 on all ranks if a gradient of any rank is inf or nan.
+
+        Returns:
+            ``found_inf``.
+        """
+        assert self._gradients is not None, "only with shard_gradients=True"
+        self._gradients.unscale_(inv_scale, found_inf)
+        return found_inf
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """With ``shard_gradients``: backward passes in here accumulate in ``.grad``, as in DDP's ``no_sync``."""
+        return nullcontext() if self._gradients is None else self._gradients.no_sync()
+
+    def grad_norm(self, norm_type: float = 2.0) -> Tensor:
+        """Collective: the norm of all gradients taken as one vector, as ``torch.nn.utils.get_total_norm`` has it.
+
+        Args:
+            norm_type: above 0, or inf.
+
+        Returns:
+            0-d, equal on all ranks.
+        """
+        if not norm_type > 0:
+            raise ValueError(f"norm_type={norm_type}: expected a number above 0, or inf")
+        if self._gradients is not None:
+            return self._gradients.norm(float(norm_type))
+        return nn.utils.get_total_norm(self._local_grads(), norm_type)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Collective: scale all gradients so that their norm is ``max_norm`` at most, as ``torch.nn.utils`` does.
+
+        Returns:
+            The norm before, 0-d, equal on all ranks.
+
+        Raises:
+            RuntimeError: on all ranks, with ``error_if_nonfinite``, if the norm is inf or nan.
+        """
+        norm = self.grad_norm(norm_type)
+        if error_if_nonfinite and not math.isfinite(norm):
+            raise RuntimeError(
+                f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped: pass "
+                "error_if_nonfinite=False to go on regardless"
+            )
+        grads = self._gradients.own() if self._gradients is not None else self._local_grads()
+        if grads:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
+        return norm
+
+    def _local_grads(self) -> list[Tensor]:
+        return [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``, the shards' gradients included."""
+        super().zero_grad(set_to_none)
+        if self._gradients is not None:
+            with torch.no_grad():
+                self._gradients.reset(set_to_none)
+
+    # Overlap with the next forward
+
+    def overlap_forward(self, model: nn.Module) -> None:
+        """From now on, ``step`` returns while parameters still arrive; the forward of each module waits for its own.
+
+        Whoever reads a parameter otherwise waits for it too: ``state_dict()``, a norm, ``param.data``. Does nothing
+        with shared memory, which is read by the very thread that would go on with the forward.
+
+        Args:
+            model: all modules that use the parameters; not one that torch.compile made.
+
+        Raises:
+            ValueError: the model is compiled, or parameters are not views of buckets.
+        """
+        if not self._options.as_views:
+            raise ValueError("overlap_forward() needs parameters_as_bucket_view=True, and no differentiable=True")
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            raise ValueError("overlap_forward() is not for compiled models: they take their parameters without asking")
+        self._arrivals = self._arrivals or Arrivals()
+        self._arrivals.hook(model)
+
+    def _wait_for_parameters(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.wait()
+
     # State dicts
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
@@ -326,6 +534,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         if not 0 <= to < self._network.world_size:
             raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
+        self._wait_for_parameters()
         with torch.no_grad():
             for flat in self._flats:
                 self._take_back_state(flat)
@@ -408,6 +617,7 @@ class ShardedRAdam(RAdam, Joinable):
     @torch.no_grad()
     def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry | None]]) -> None:
         """Take over what was checked before; parameters without an entry keep their state."""
+        self._wait_for_parameters()
         self.param_groups = groups
         self._consolidated = None
         for flat, flat_entries in zip(self._flats, entries, strict=True):
@@ -472,6 +682,7 @@ class ShardedRAdam(RAdam, Joinable):
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""
+        self._wait_for_parameters()
         with torch.no_grad():
             for flat in self._flats:
                 self._take_back_state(flat)
@@ -497,9 +708,10 @@ class ShardedRAdam(RAdam, Joinable):
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._restore(state, self.__dict__.get("_transport") or Alone())
+        self._restore(state, self.__dict__.get("_transport") or Alone(torch.device("cpu")))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRAdam:
+        self._wait_for_parameters()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new._restore(deepcopy(self._content(), memo), self._network)
@@ -514,9 +726,13 @@ class ShardedRAdam(RAdam, Joinable):
         self._joined = False
         self._transport = transport
         self._flats = []
+        self._gradients = None
+        self._arrivals = None
+        self._broadcasts = False
         state = dict(self.state)
         params, specs = describe(self.param_groups, 0, bool(self._options.fused))
-        self._build(make_plan(specs, transport.world_size, self._options.bucket_cap_mb), params)
+        plan = make_plan(specs, transport.world_size, self._options.bucket_cap_mb)
+        self._build(plan, params, [None] * len(plan.flats))
         self.state.update(state)
         for flat in self._flats:
             self._take_back_state(flat)
@@ -524,7 +740,13 @@ class ShardedRAdam(RAdam, Joinable):
     # Join
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For ``torch.distributed.algorithms.Join([ddp_model, optimizer])``: ranks without data step along."""
+        """For ``torch.distributed.algorithms.Join([ddp_model, optimizer])``: ranks without data step along.
+
+        Raises:
+            ValueError: with ``shard_gradients``, since Join is for DistributedDataParallel.
+        """
+        if self.shards_gradients:
+            raise ValueError("Join works with DistributedDataParallel, which shard_gradients=True replaces")
         return ShadowSteps(self._shadow_step, self._leave_join)
 
     def _shadow_step(self) -> None:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,21 +109,24 @@ class FlatPlan:
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """All pieces of one rank, in the order of the flat; those of one parameter adjoin among the own shards."""
-        found, first = [], 0
+        found = []
         for bucket in range(self.num_buckets):
             shard_start, shard_stop = self.shard_range(bucket, rank)
-            local_start = self.local_range(bucket)[0]
-            while first < len(self.slots) and self.slots[first].start + self.slots[first].numel <= shard_start:
-                first += 1
-            for index in range(first, len(self.slots)):
-                slot = self.slots[index]
-                start, stop = max(slot.start, shard_start), min(slot.start + slot.numel, shard_stop)
-                if slot.start >= shard_stop:
-                    break
-                if start < stop:
-                    offset = local_start + start - shard_start
-                    found.append(Piece(index, bucket, start - slot.start, stop - start, start, offset))
+            to_local = self.local_range(bucket)[0] - shard_start
+            for slot, start, stop in self.overlaps(shard_start, shard_stop):
+                first = start - self.slots[slot].start
+                found.append(Piece(slot, bucket, first, stop - start, start, start + to_local))
         return tuple(found)
+
+    def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Slots with elements in ``[start, stop)``: their index, and the first and the one after the last of these."""
+        first = bisect_right(self.slots, start, key=lambda slot: slot.start + slot.numel)
+        for index in range(first, len(self.slots)):
+            slot = self.slots[index]
+            if slot.start >= stop:
+                break
+            if slot.numel:
+                yield index, max(slot.start, start), min(slot.start + slot.numel, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def set_counts(state: State, params: Sequence[Tensor], counts: Sequence[float], 
         state[param]["step"] = shared[count]
 
 
-def count_step(state: State, params: Sequence[Tensor], capturable: bool) -> list[Cohort]:
+def count_step(state: State, params: Sequence[Tensor], has_grad: Sequence[bool], capturable: bool) -> list[Cohort]:
     """Add 1 to ``state[p]["step"]`` (modified in place) of all parameters of a flat that have a gradient."""
     counters = [state[param]["step"] for param in params]
     # Values on the device are not read, which would wait for it: there, one tensor is one count.
@@ -42,7 +42,7 @@ def count_step(state: State, params: Sequence[Tensor], capturable: bool) -> list
         holders[keys[id(counter)]].append(slot)
     cohorts = []
     for slots in holders.values():
-        stepping = [slot for slot in slots if params[slot].grad is not None]
+        stepping = [slot for slot in slots if has_grad[slot]]
         if not stepping:
             continue
         counter = counters[slots[0]]

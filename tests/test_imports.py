@@ -17,7 +17,12 @@ ALLOWED = {
     "transport.base": set(),
     "transport.gloo": {"transport.base"},
     "transport.native": {"transport.base"},
-    "transport": {"transport.base", "transport.gloo", "transport.native"},
+    "transport.signals": set(),
+    "transport.shared_memory": {"transport.base", "transport.gloo", "transport.signals"},
+    "transport": {f"transport.{name}" for name in ("base", "gloo", "native", "shared_memory", "signals")},
+    "schedule": {"plan"},
+    "gradients": {"memory", "flat", "schedule", "transport"},
+    "overlap": {"flat", "transport"},
     "ranges": {"memory"},
     "memory": {"plan"},
     "flat": {"memory", "plan", "ranges"},
@@ -49,6 +54,7 @@ ALLOWED = {
     },
     "optimizer": {
         *("", "plan", "radam", "memory", "flat", "steps", "layout", "state", "differentiable", "join", "transport"),
+        *("gradients", "overlap"),
         *(f"checkpoint.{name}" for name in ("agreement", "optimizer_part", "saving", "single")),
     },
     "checkpoint.model_part": {f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")},
@@ -63,7 +69,8 @@ ALLOWED = {
         *("checkpoint.reading", "checkpoint.saved_optimizer", "checkpoint.saving", "checkpoint.verification"),
     },
     "cli": {"checkpoint.agreement", "checkpoint.index", "checkpoint.tools", "checkpoint.verification"},
-    "": {"optimizer", "checkpoint"},
+    "amp": {"optimizer"},
+    "": {"amp", "optimizer", "checkpoint"},
 }
 
 

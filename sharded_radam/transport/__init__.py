@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import logging
 import os
 import warnings
 
 import torch
 import torch.distributed as dist
 
-from sharded_radam.transport.base import Alone, Handle, Transport
+from sharded_radam.transport.base import Alone, Handle, Reducer, Transport
 from sharded_radam.transport.gloo import GlooTransport
 from sharded_radam.transport.native import NativeTransport
+from sharded_radam.transport.shared_memory import SharedMemoryTransport
+from sharded_radam.transport.signals import connect
 
-__all__ = ["Alone", "Handle", "Transport", "make_transport"]
+__all__ = ["Alone", "Handle", "Reducer", "Transport", "make_transport"]
 
-_BY_NAME = {"native": NativeTransport, "gloo": GlooTransport}
+logger = logging.getLogger("sharded_radam")
+
+NAMES = ("gloo", "native", "shared_memory")
 
 
-def make_transport(group: dist.ProcessGroup | None, device: torch.device, name: str | None) -> Transport:
-    """The transport for a process group (None: the default one, or one rank where there is none) and a device.
+def make_transport(
+    group: dist.ProcessGroup | None, device: torch.device, name: str | None, share_parameters: bool = False
+) -> Transport:
+    """Collective: the transport for a process group (None: the default one, or one rank without one) and a device.
 
     Args:
         group: a process group that this process is a member of.
         device: where the buckets are.
-        name: ``"native"``, ``"gloo"``, or None for the best one: ``gloo`` for a Gloo backend on CPU.
+        name: ``"native"``, ``"gloo"``, ``"shared_memory"``, or None for the best one. With a Gloo backend on CPU that
+            is ``shared_memory`` where all ranks are on one host, otherwise ``gloo``.
+        share_parameters: one copy of the parameters for all ranks of the host.
 
     Raises:
-        ValueError: unknown name, a group without this process, or without a backend for the device.
+        ValueError: unknown name, a group without this process, or without a backend for the device; or shared memory
+            was asked for, and there is none.
     """
-    if name is not None and name not in _BY_NAME:
-        raise ValueError(f"transport={name!r}: expected None or one of {sorted(_BY_NAME)}")
+    if name is not None and name not in NAMES:
+        raise ValueError(f"transport={name!r}: expected None or one of {list(NAMES)}")
     if not dist.is_available() or not dist.is_initialized():
         _warn_if_launched()
-        return Alone()
+        return Alone(device)
     group = dist.group.WORLD if group is None else group
     assert group is not None
     if dist.get_rank(group) < 0:
@@ -41,7 +52,7 @@ def make_transport(group: dist.ProcessGroup | None, device: torch.device, name: 
             "on the ranks of its group, and give it the group that they are in"
         )
     if dist.get_world_size(group) == 1:
-        return Alone(group)
+        return Alone(device, group)
     backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
     backend = backends.get(device.type)
     if backend is None:
@@ -49,11 +60,35 @@ def make_transport(group: dist.ProcessGroup | None, device: torch.device, name: 
             f"parameters are on {device.type}, but the process group has backends for {sorted(backends)} only: "
             "initialise it with a backend for this device, or move the model first"
         )
-    if name == "gloo" and backend != "gloo":
-        raise ValueError(f"transport='gloo' needs the gloo backend for {device.type}, which has {backend!r} here")
-    if name is None:
-        name = "gloo" if backend == "gloo" and device.type == "cpu" else "native"
-    return _BY_NAME[name](group, device)
+    messages = backend == "gloo" and device.type == "cpu"
+    if name in ("gloo", "shared_memory") and not messages:
+        raise ValueError(
+            f"transport={name!r} is for CPU tensors and a gloo backend; here are {device.type} and {backend!r}"
+        )
+    if share_parameters and not (messages and name in (None, "shared_memory")):
+        raise ValueError("share_parameters=True needs transport='shared_memory': all ranks on CPUs of one host, Gloo")
+    if name == "native" or not messages:
+        return NativeTransport(group, device)
+    gloo = GlooTransport(group, device)
+    return gloo if name == "gloo" else _shared_memory(gloo, name is not None, share_parameters)
+
+
+def _shared_memory(gloo: GlooTransport, asked_for: bool, share_parameters: bool) -> Transport:
+    """Collective: shared memory, or, where there cannot be any, Gloo if nobody asked for shared memory."""
+    signals = connect(gloo.rank, gloo.world_size, gloo.all_gather_objects, _timeout(gloo.group))
+    if not isinstance(signals, str):
+        return SharedMemoryTransport(gloo.group, gloo.device, signals, share_parameters)
+    if asked_for or share_parameters:
+        raise ValueError(f"no shared memory between the ranks: {signals}. It needs all ranks on one Linux host")
+    if gloo.rank == 0:
+        logger.info("ShardedRAdam: transport gloo, since there is no shared memory between the ranks: %s", signals)
+    return gloo
+
+
+def _timeout(group: dist.ProcessGroup) -> float:
+    """Seconds that a Gloo group waits for a rank."""
+    timeout: dt.timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return timeout.total_seconds()
 
 
 def _warn_if_launched() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,54 @@ class Handle:
         self._work, self._tensors = None, ()
 
 
+CHUNK_NUMEL = 2**17
+"""On CPU, sums are formed over so many elements at a time: 512 KiB of fp32 stay in the cache."""
+
+
+class Reducer(ABC):
+    """Averages buckets of gradients over the ranks; each rank gets its shard of each bucket.
+
+    ``open`` and ``close`` alternate, and every rank calls them for the same buckets in the same order. A bounded number
+    of buckets is under way. Each shard is ``((g0 + g1) + g2 + ...) / world_size``, summed in the order of the ranks
+    (by ``native``: in the backend's), half precision in fp32.
+    """
+
+    @abstractmethod
+    def open(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """1-D memory to copy a bucket's gradients into, contents undefined; waits until some is free."""
+
+    @abstractmethod
+    def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
+        """Begin to reduce the bucket that was opened last.
+
+        Args:
+            out: where the own shard goes, 1-D; defined after ``finish``.
+            accumulate: add to ``out`` instead of overwriting it.
+            mark: 0 to 255, equal on all ranks; tells apart what is sent, where the backend can.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when all that was closed is in its ``out``."""
+
+
+def mean_(out: Tensor, parts: Sequence[Tensor], accumulate: bool) -> None:
+    """Set ``out`` (modified in place) to, or add, the mean of 1-D parts; summed in their order, in ``out``'s dtype."""
+    chunk_numel = CHUNK_NUMEL if out.device.type == "cpu" else max(out.numel(), 1)
+    scratch = out.new_empty(min(chunk_numel, out.numel())) if accumulate else None
+    for start in range(0, out.numel(), chunk_numel):
+        numel = min(chunk_numel, out.numel() - start)
+        target = out.narrow(0, start, numel)
+        total = target if scratch is None else scratch.narrow(0, 0, numel)
+        total.copy_(parts[0].narrow(0, start, numel))
+        for part in parts[1:]:
+            total.add_(part.narrow(0, start, numel))
+        if len(parts) > 1:
+            total.div_(len(parts))
+        if scratch is not None:
+            target.add_(total)
+
+
 class Transport(ABC):
     """Moves shards between the ranks of one process group; all ranks make the same calls in the same order.
 
@@ -43,9 +92,23 @@ class Transport(ABC):
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
+        """Collective: 1-D memory that suits this transport for a flat, None if any does."""
+        return None
+
+    def begin_update(self) -> None:  # noqa: B027  (nothing to wait for where shards travel as messages)
+        """Return when this rank may write its shards."""
+
     @abstractmethod
     def all_gather(self, bucket: Tensor) -> list[Handle]:
         """Begin to fill a 1-D bucket, in place, with each rank's shard of it; the own shard is final already."""
+
+    def end_update(self) -> None:  # noqa: B027
+        """Return when all buckets are gathered here, beside those with handles, and no rank reads this one's."""
+
+    @abstractmethod
+    def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
+        """Collective: a reducer for buckets of these sizes in elements, and dtypes."""
 
     def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
         """Fill ``bucket`` on rank ``to`` with the shards of all ranks; other ranks pass None."""
@@ -67,13 +130,28 @@ class Transport(ABC):
         """Receive into a contiguous tensor."""
         self._irecv(tensor, source).wait()
 
-    def _isend(self, tensor: Tensor, to: int) -> Handle:
+    def _isend(self, tensor: Tensor, to: int, tag: int = 0) -> Handle:
         message = as_bytes(tensor)
-        return Handle(dist.isend(message, group=self.group, group_dst=to, tag=_TAG), message)
+        return Handle(dist.isend(message, group=self.group, group_dst=to, tag=_TAG + tag), message)
 
-    def _irecv(self, tensor: Tensor, source: int) -> Handle:
+    def _irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Handle:
         message = as_bytes(tensor)
-        return Handle(dist.irecv(message, group=self.group, group_src=source, tag=_TAG), message)
+        return Handle(dist.irecv(message, group=self.group, group_src=source, tag=_TAG + tag), message)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Collective: rank 0's values into a contiguous tensor (modified in place)."""
+        if tensor.numel():
+            dist.broadcast(as_bytes(tensor), group=self.group, group_src=0)
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        """Collective: the sum, maximum or minimum over the ranks (modified in place); for a few elements."""
+        dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        """Collective: which flags are set on some rank. The device is not waited for where all are set here."""
+        mask = self.all_reduce(torch.tensor(flags, dtype=torch.uint8, device=self.device), dist.ReduceOp.MAX)
+        return [True] * len(flags) if all(flags) else [bool(flag) for flag in mask.tolist()]
 
     def all_gather_objects(self, item: object) -> list[Any]:
         """Every rank's picklable object: for small things, out of the hot path.
@@ -107,8 +185,9 @@ class Alone(Transport):
 
     name = "none"
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.group = group  # type: ignore[assignment]
+        self.device = device
         self.rank = 0
         self.world_size = 1
 
@@ -120,6 +199,51 @@ class Alone(Transport):
 
     def average(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
+
+    def broadcast(self, tensor: Tensor) -> None:
+        pass
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        return tensor
+
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
+
+    def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
+        return AloneReducer(slot(buckets, self.device))
+
+
+class AloneReducer(Reducer):
+    """The mean over one rank."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._bucket = memory
+
+    def open(self, numel: int, dtype: torch.dtype) -> Tensor:
+        self._bucket = typed(self._memory, numel, dtype)
+        return self._bucket
+
+    def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
+        mean_(out, [self._bucket], accumulate)
+
+    def finish(self) -> None:
+        pass
+
+
+def slot(buckets: Sequence[tuple[int, torch.dtype]], device: torch.device) -> Tensor:
+    """Bytes that hold any one of the buckets."""
+    return torch.empty(slot_bytes(buckets), dtype=torch.uint8, device=device)
+
+
+def slot_bytes(buckets: Sequence[tuple[int, torch.dtype]]) -> int:
+    """How many they are."""
+    return max((numel * dtype.itemsize for numel, dtype in buckets), default=0)
+
+
+def typed(memory: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """The beginning of some bytes as ``numel`` elements."""
+    return memory.narrow(0, 0, numel * dtype.itemsize).view(dtype)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

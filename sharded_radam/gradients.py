@@ -1,0 +1,415 @@
+"""Gradients sharded while backward runs (ZeRO stage 2), in the place of DistributedDataParallel's all-reduce.
+
+::
+
+    backward   p.grad of the last layers ... of the first layers        hooks note what has come
+    bucket                 [ 1 ] --reduce-scatter-->  own shard of 1    as soon as all of it has; .grad is released
+                                         [ 0 ] --reduce-scatter--> own shard of 0
+    step       what is missing; which parameters have a gradient on any rank; then the update of the shards
+
+A *round* is every launch of the schedule once, in its order: one for each backward pass that is not in ``no_sync``. It
+ends when all gradients have come; or, where some do not come, when the next backward pass produces the first of those
+that did, or at the step. So between two steps, all ranks must run the same number of backward passes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sharded_radam.flat import Flat
+from sharded_radam.memory import as_real, flat_gradient, zeros
+from sharded_radam.schedule import Launch, Slots, make_schedule
+from sharded_radam.transport import Reducer, Transport
+
+logger = logging.getLogger("sharded_radam")
+
+
+class _Part(NamedTuple):
+    """Slot ∩ bucket: ``numel`` real numbers of a parameter from ``start`` on, at ``offset`` in the bucket."""
+
+    slot: int
+    start: int
+    numel: int
+    offset: int
+
+
+class ShardedGradients:
+    """The mean gradients of the own shards of some flats.
+
+    ``sums[i]`` is 1-D with the layout of ``flats[i].state``: real numbers, fp32 for half precision. Padding in it is
+    undefined.
+
+    Args:
+        flats: of the optimizer.
+        transport: of their ranks.
+        check: report gradients that are not finite before they are reduced.
+    """
+
+    def __init__(self, flats: Sequence[Flat], transport: Transport, check: bool) -> None:
+        self.flats: list[Flat] = []
+        self.sums: list[Tensor] = []
+        self._transport = transport
+        self._check = check
+        self._syncing = True
+        self._reducer: Reducer | None = None
+        self._epoch = 0
+        self._has_grad: set[Slots] = set()
+        self._filled: set[tuple[int, int]] = set()
+        self._not_finite: list[str] = []
+        self._expected: set[Slots] = set()
+        self._last_arrivals: list[Slots] = []
+        self._rounds = 0
+        self._is_behind = False
+        self._is_reduced = False
+        self.extend(flats)
+        _alive.add(self)
+
+    def extend(self, flats: Sequence[Flat]) -> None:
+        """Take in more flats; what was accumulated before must have been used."""
+        for flat in flats:
+            self.flats.append(flat)
+            reals = 2 if flat.buffer.is_complex() else 1
+            dtype = flat.state["exp_avg"].dtype.to_real()
+            self.sums.append(zeros(reals * flat.plan.local_numel, dtype, flat.buffer.device))
+        self._reducer = None
+        backwards = [(i, slot) for i, flat in enumerate(self.flats) for slot in range(len(flat.params))][::-1]
+        self._reschedule(backwards)
+        self._listen()
+
+    def make_reducer(self) -> Reducer:
+        """Collective: the reducer for the buckets of all flats."""
+        sizes = []
+        for flat in self.flats:
+            reals = 2 if flat.buffer.is_complex() else 1
+            sizes.append((reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()))
+        self._reducer = self._transport.reducer(sizes)
+        return self._reducer
+
+    @property
+    def _reduce(self) -> Reducer:
+        return self._reducer or self.make_reducer()
+
+    def sum_of(self, flat: Flat) -> Tensor:
+        """The mean gradients of the own shards of a flat."""
+        return next(total for total, each in zip(self.sums, self.flats, strict=True) if each is flat)
+
+    # Backward
+
+    def _listen(self) -> None:
+        """Hooks for all parameters that require gradients now; the newest optimizer of a parameter has its hook."""
+        this = weakref.ref(self)
+        for index, flat in enumerate(self.flats):
+            for slot, param in enumerate(flat.params):
+                hook = _hooks.get(param)
+                if param.requires_grad and (hook is None or hook.owner() is not self):
+                    if hook is not None:
+                        hook.handle.remove()
+                    handle = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        partial(_on_gradient, this, (index, slot))
+                    )
+                    _hooks[param] = _Hook(handle, this)
+
+    @torch.no_grad()
+    def arrive(self, key: Slots) -> None:
+        """Note that backward has accumulated a gradient; reduce what is complete."""
+        self._is_reduced = False
+        if not self._syncing:
+            self._is_behind = True
+            return
+        if key not in self._launches_of:
+            return  # rare: its ``.grad`` waits for the step
+        if key in self._arrived:
+            self._end_round()  # another backward has begun
+        self._arrived[key] = None
+        for number in self._launches_of[key]:
+            self._missing[number] -= 1
+        while self._next < len(self._missing) and self._missing[self._next] <= 0:
+            self._launch_next()
+        if self._next == len(self._missing):
+            self._begin_round()
+
+    def _end_round(self) -> None:
+        while self._next < len(self._missing):
+            self._launch_next()
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        if self._arrived:
+            self._last_arrivals = list(self._arrived)
+        self._rounds += 1
+        self._is_behind = False
+        self._reset_round()
+
+    def _reset_round(self) -> None:
+        self._next = 0
+        self._missing = [len(launch.slots) for launch in self._schedule.launches]
+        self._unsent = {key: len(numbers) for key, numbers in self._launches_of.items()}
+        self._arrived: dict[Slots, None] = {}
+
+    def _launch_next(self) -> None:
+        launch = self._schedule.launches[self._next]
+        self._next += 1
+        self._send(launch)
+        for slot in launch.slots:
+            self._unsent[launch.flat, slot] -= 1
+            if self._unsent[launch.flat, slot] == 0:
+                self.flats[launch.flat].params[slot].grad = None
+
+    def _send(self, launch: Launch) -> None:
+        """Pack the gradients of a launch, and begin to reduce them."""
+        flat, plan = self.flats[launch.flat], self.flats[launch.flat].plan
+        reals = 2 if flat.buffer.is_complex() else 1
+        first, stop = plan.bucket_range(launch.bucket)
+        with record_function("sharded_radam::reduce_scatter"):
+            bucket = self._reduce.open(reals * (stop - first), flat.buffer.dtype.to_real())
+            targets, sources, empty = [], [], []
+            for part in self._parts[launch.flat, launch.bucket]:
+                target = bucket.narrow(0, part.offset, part.numel)
+                if part.slot in launch.slots and flat.params[part.slot].grad is not None:
+                    targets.append(target)
+                    sources.append(self._gradient((launch.flat, part.slot)).narrow(0, part.start, part.numel))
+                else:
+                    empty.append(target)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+            if empty:
+                torch._foreach_zero_(empty)
+            where = (launch.flat, launch.bucket)
+            local_start, local_stop = (reals * at for at in plan.local_range(launch.bucket))
+            out = self.sums[launch.flat].narrow(0, local_start, local_stop - local_start)
+            self._reduce.close(out, where in self._filled, (31 * self._epoch + launch.bucket) % 256)
+            self._filled.add(where)
+
+    def _gradient(self, key: Slots) -> Tensor:
+        """A parameter's local gradient as 1-D real numbers; checked when it is looked at first."""
+        flat, slot = self.flats[key[0]], key[1]
+        param, spec = flat.params[slot], flat.specs[slot]
+        assert param.grad is not None
+        if param.grad.is_sparse:
+            raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{spec.name}')")
+        grad = flat_gradient(param, spec)
+        if self._check and spec.name not in self._not_finite and not grad.isfinite().all():
+            logger.error("gradient of '%s' on rank %d is not finite", spec.name, self._transport.rank)
+            self._not_finite.append(spec.name)
+        self._has_grad.add(key)
+        return grad
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of backward passes in here stay in ``.grad``, and are reduced with those of the next one."""
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    # Step
+
+    @torch.no_grad()
+    def finish(self) -> list[list[bool]]:
+        """Collective: reduce all that is left.
+
+        Returns:
+            For each flat, which of its parameters have a gradient on some rank.
+
+        Raises:
+            RuntimeError: on every rank, with ``check``, if one had a gradient that is not finite.
+        """
+        if not self._is_reduced:
+            if self._arrived or self._is_behind or not self._rounds:
+                self._end_round()
+            self._send_tail()
+            self._is_reduced = True
+            self._follow_arrivals()
+            self._listen()
+        with record_function("sharded_radam::reduce_scatter"):
+            self._reduce.finish()
+        if self._check:
+            self._raise_not_finite()
+        return [[(i, slot) in self._has_grad for slot in range(len(flat.params))] for i, flat in enumerate(self.flats)]
+
+    def _send_tail(self) -> None:
+        keys = list(self._keys())
+        rare = [key for key in keys if self._param(key).grad is not None]
+        late = [key for key in rare if key in self._launches_of]
+        if late:
+            raise RuntimeError(
+                f"parameter '{self.flats[late[0][0]].specs[late[0][1]].name}' has a .grad that was assigned after "
+                "backward, but its gradient has been reduced already: with shard_gradients=True, assign all of them "
+                "instead of a backward pass, or use no_sync()"
+            )
+        flags = self._transport.union([key in self._has_grad or key in rare for key in keys])
+        self._has_grad = {key for key, flag in zip(keys, flags, strict=True) if flag}
+        for launch in self._schedule.tail:
+            if any((launch.flat, slot) in self._has_grad for slot in launch.slots):
+                self._send(launch)
+        for key in rare:
+            self._param(key).grad = None
+
+    def _follow_arrivals(self) -> None:
+        """After the first backward, and whenever other parameters have gradients: launch in the order of rank 0's."""
+        if self._has_grad and self._expected != self._has_grad:
+            self._expected = set(self._has_grad)
+            arrivals = self._transport.all_gather_objects(self._last_arrivals)[0]
+            known = [key for key in arrivals if key in self._has_grad]
+            self._reschedule(known + sorted(self._has_grad - set(known), reverse=True))
+
+    def _reschedule(self, order: Sequence[Slots]) -> None:
+        plans = [flat.plan for flat in self.flats]
+        self._schedule = make_schedule(plans, order)
+        self._launches_of: dict[Slots, list[int]] = defaultdict(list)
+        for number, launch in enumerate(self._schedule.launches):
+            for key in _keys_of(launch):
+                self._launches_of[key].append(number)
+        self._launches_of = dict(self._launches_of)
+        self._parts = {
+            (launch.flat, launch.bucket): self._parts_of(launch.flat, launch.bucket)
+            for launch in (*self._schedule.launches, *self._schedule.tail)
+        }
+        self._reset_round()
+
+    def _parts_of(self, flat: int, bucket: int) -> list[_Part]:
+        plan = self.flats[flat].plan
+        reals = 2 if self.flats[flat].buffer.is_complex() else 1
+        first, end = plan.bucket_range(bucket)
+        return [
+            _Part(slot, reals * (start - plan.slots[slot].start), reals * (stop - start), reals * (start - first))
+            for slot, start, stop in plan.overlaps(first, end)
+        ]
+
+    def _raise_not_finite(self) -> None:
+        heard = self._transport.all_gather_objects(self._not_finite)
+        bad = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(heard) if names]
+        if bad:
+            raise RuntimeError(
+                f"gradients are not finite, before they were reduced, on {'; '.join(bad)}. Parameters and state are "
+                "unchanged; zero_grad() drops these gradients"
+            )
+
+    def stepped(self) -> None:
+        """A step has used the gradients; the next one reduces again."""
+        self._rounds = 0
+        self._epoch += 1
+        self._is_reduced = False
+
+    def reset(self, set_to_none: bool) -> None:
+        """Drop all gradients; or set them to zero. Collective only after a backward pass that did not end."""
+        if self._arrived:
+            self._end_round()  # other ranks may have come further, and wait for this one
+        if self._reducer is not None:
+            self._reducer.finish()
+        if set_to_none:
+            self._filled.clear()
+            self._has_grad.clear()
+        else:
+            for total in self.sums:
+                total.zero_()
+        self._not_finite.clear()
+        self.stepped()
+
+    # What users read from .grad otherwise
+
+    def _keys(self) -> Iterator[Slots]:
+        for index, flat in enumerate(self.flats):
+            for slot in range(len(flat.params)):
+                yield index, slot
+
+    def _param(self, key: Slots) -> Tensor:
+        return self.flats[key[0]].params[key[1]]
+
+    def own(self, complex_views: bool = False) -> list[Tensor]:
+        """1-D views of all pieces of the own shards whose parameter has a gradient."""
+        found = []
+        for index, flat in enumerate(self.flats):
+            is_complex = flat.buffer.is_complex()
+            total = torch.view_as_complex(self.sums[index].view(-1, 2)) if is_complex else self.sums[index]
+            for at in flat.plan.pieces(flat.rank):
+                if (index, at.slot) in self._has_grad:
+                    view = total.narrow(0, at.local_start, at.numel)
+                    found.append(view if complex_views else as_real(view))
+        return found
+
+    @torch.no_grad()
+    def norm(self, norm_type: float) -> Tensor:
+        """Collective: the norm of all gradients as one vector, 0-d float64 (float32 where there is no float64)."""
+        self.finish()
+        device = self._transport.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        norms = [torch.linalg.vector_norm(view, norm_type).to(dtype) for view in self.own(complex_views=True)]
+        if math.isinf(norm_type):
+            largest = torch.stack(norms).max() if norms else torch.zeros((), dtype=dtype, device=device)
+            return self._transport.all_reduce(largest, dist.ReduceOp.MAX)
+        powers = torch.stack(norms).pow(norm_type).sum() if norms else torch.zeros((), dtype=dtype, device=device)
+        return self._transport.all_reduce(powers, dist.ReduceOp.SUM).pow(1 / norm_type)
+
+    @torch.no_grad()
+    def unscale_(self, inv_scale: Tensor, found_inf: Tensor) -> None:
+        """Collective: multiply by ``inv_scale``; set ``found_inf`` to 1 on all ranks if one has inf or nan."""
+        self.finish()
+        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for view in self.own():
+            by_dtype[view.dtype].append(view)
+        for views in by_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(views, found_inf, inv_scale)
+        self._transport.all_reduce(found_inf, dist.ReduceOp.MAX)
+
+
+def _keys_of(launch: Launch) -> list[Slots]:
+    return [(launch.flat, slot) for slot in sorted(launch.slots)]
+
+
+class _Hook(NamedTuple):
+    handle: RemovableHandle
+    owner: weakref.ref[ShardedGradients]
+
+
+_hooks: Any = WeakIdKeyDictionary()
+_alive: weakref.WeakSet[ShardedGradients] = weakref.WeakSet()
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Tensor) -> None:
+    found = gradients()
+    if found is not None:
+        found.arrive(key)
+
+
+def check_not_wrapped(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if DistributedDataParallel averages the gradients of these parameters."""
+    for module in _wrapped:
+        _check_disjoint(module, params)
+
+
+def _check_disjoint(module: nn.Module, params: Sequence[Tensor]) -> None:
+    ours = {id(param) for param in params}
+    if any(id(param) in ours for param in module.parameters()):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which averages gradients, and shard_gradients=True does "
+            "so too: pass the parameters of the model itself and do not wrap it, or leave shard_gradients away"
+        )
+
+
+def _on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(module, DistributedDataParallel):
+        _wrapped.add(module)
+        for gradients in _alive:
+            _check_disjoint(module, [param for flat in gradients.flats for param in flat.params])
+
+
+register_module_module_registration_hook(_on_module)

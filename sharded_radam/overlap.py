@@ -1,0 +1,99 @@
+"""Parameters that arrive while the next forward pass runs.
+
+After a step the gathers of the buckets are still under way. A module's forward waits for the buckets of its own
+parameters. Until then these Parameters have another class, whose only difference is that whatever torch does with one
+of them waits first; so nobody reads a stale value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sharded_radam.flat import Flat
+from sharded_radam.transport import Handle
+
+_waiting: dict[int, Callable[[], None]] = {}
+"""For the id of each arriving Parameter, what waits for it and all that came with it."""
+
+
+_HARMLESS = {
+    getattr(getattr(Tensor, name), way)
+    for name in ("grad", "requires_grad", "shape", "dtype", "device", "is_leaf", "grad_fn", "layout", "is_sparse")
+    for way in ("__get__", "__set__")
+    if hasattr(getattr(Tensor, name), way)
+}
+"""What does not read values; ``zero_grad`` between two steps must not wait."""
+
+
+class ArrivingParameter(Parameter):
+    """A Parameter whose values are under way."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        for wait in set(_waiting.values()):
+            wait()
+        return func(*args, **(kwargs or {}))
+
+
+class Arrivals:
+    """Handles of the gathers under way, by flat and bucket, and the parameters that wait for them."""
+
+    def __init__(self) -> None:
+        self._handles: dict[tuple[int, int], list[Handle]] = {}
+        self._buckets: dict[int, list[tuple[int, int]]] = {}
+        self._params: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def hook(self, model: nn.Module) -> None:
+        """Let the forward of each module wait for its own parameters."""
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if own:
+                self._hooks.append(module.register_forward_pre_hook(lambda *_, own=own: self.wait_for(own)))
+
+    def begin(self, flats: Sequence[Flat], handles: dict[tuple[int, int], list[Handle]]) -> None:
+        """Take over the gathers of a step."""
+        self._handles = {where: some for where, some in handles.items() if some}
+        found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for index, flat in enumerate(flats):
+            for bucket in range(flat.plan.num_buckets):
+                if (index, bucket) in self._handles:
+                    for slot, _, _ in flat.plan.overlaps(*flat.plan.bucket_range(bucket)):
+                        param = flat.params[slot]
+                        found[id(param)].append((index, bucket))
+                        self._params[id(param)] = param
+        self._buckets = found
+        for key, param in self._params.items():
+            if type(param) is Parameter:
+                param.__class__ = ArrivingParameter
+            _waiting[key] = self.wait
+        self.wait_for([param for param in self._params.values() if type(param) is not ArrivingParameter])
+
+    def wait_for(self, params: Iterable[Tensor]) -> None:
+        """Return when these parameters have arrived."""
+        for param in params:
+            for where in self._buckets.pop(id(param), ()):
+                for handle in self._handles.pop(where, ()):
+                    handle.wait()
+            self._arrived(id(param))
+
+    def wait(self) -> None:
+        """Return when all parameters have arrived."""
+        self.wait_for(list(self._params.values()))
+
+    def _arrived(self, key: int) -> None:
+        param = self._params.pop(key, None)
+        _waiting.pop(key, None)
+        if type(param) is ArrivingParameter:
+            param.__class__ = Parameter  # type: ignore[assignment]
