@@ -43,6 +43,14 @@ SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 }
 
 OURS, FLOOR, DDP, ZERO = "sharded_radam", "sharded_radam, no communication", "DDP + RAdam", "ZeroRedundancyOptimizer"
+OURS_GLOO, OURS_SHARED = "sharded_radam, transport gloo", "sharded_radam, share_parameters"
+
+
+def names(world_size: int, device: torch.device) -> list[str]:
+    """The optimizers that can run here."""
+    if world_size == 1:
+        return [OURS, FLOOR, DDP]
+    return [OURS, *((OURS_SHARED, OURS_GLOO) if device.type == "cpu" else ()), FLOOR, ZERO, DDP]
 
 
 def make_params(
@@ -65,6 +73,9 @@ def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a peer; for "DDP + RAdam" the replicated one, since DDP is no part of the step."""
     if peer in (OURS, FLOOR):
         return ShardedRAdam(params, lr=LR)
+    if peer in (OURS_GLOO, OURS_SHARED):
+        transport, share = ("gloo", False) if peer == OURS_GLOO else (None, True)
+        return ShardedRAdam(params, lr=LR, transport=transport, share_parameters=share)
     if peer == DDP:
         return torch.optim.RAdam(params, lr=LR, foreach=True)
     return ZeroRedundancyOptimizer(params, torch.optim.RAdam, parameters_as_bucket_view=True, lr=LR, foreach=True)

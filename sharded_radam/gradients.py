@@ -77,6 +77,7 @@ class ShardedGradients:
         self._rounds = 0
         self._is_behind = False
         self._is_reduced = False
+        self.is_unscaled = False
         self.extend(flats)
         _alive.add(self)
 
@@ -307,6 +308,7 @@ class ShardedGradients:
         self._rounds = 0
         self._epoch += 1
         self._is_reduced = False
+        self.is_unscaled = False
 
     def reset(self, set_to_none: bool) -> None:
         """Drop all gradients; or set them to zero. Collective only after a backward pass that did not end."""
@@ -362,6 +364,7 @@ class ShardedGradients:
     def unscale_(self, inv_scale: Tensor, found_inf: Tensor) -> None:
         """Collective: multiply by ``inv_scale``; set ``found_inf`` to 1 on all ranks if one has inf or nan."""
         self.finish()
+        self.is_unscaled = True
         by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         for view in self.own():
             by_dtype[view.dtype].append(view)
@@ -406,10 +409,10 @@ def _check_disjoint(module: nn.Module, params: Sequence[Tensor]) -> None:
 
 
 def _on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    if isinstance(module, DistributedDataParallel):
+    if isinstance(module, DistributedDataParallel) and child is not None:
         _wrapped.add(module)
         for gradients in _alive:
-            _check_disjoint(module, [param for flat in gradients.flats for param in flat.params])
+            _check_disjoint(child, [param for flat in gradients.flats for param in flat.params])
 
 
 register_module_module_registration_hook(_on_module)

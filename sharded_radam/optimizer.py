@@ -414,7 +414,7 @@ class ShardedRAdam(RAdam, Joinable):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None:
             return False
-        if not isinstance(found_inf, Tensor):  # the sum over no gradients
+        if not gradients.is_unscaled:
             raise RuntimeError(
                 "torch.amp.GradScaler does not see sharded gradients: use sharded_radam.GradScaler, with the same "
                 "arguments"
@@ -422,9 +422,9 @@ class ShardedRAdam(RAdam, Joinable):
         if found_inf.item():
             gradients.stepped()
             return True
-        if scale is not None:
+        if scale is not None and (grads := gradients.own()):
             with torch.no_grad():
-                torch._foreach_mul_(gradients.own(), scale.double().reciprocal().float())
+                torch._foreach_mul_(grads, scale.double().reciprocal().float())
         return False
 
     def unscale_gradients_(self, inv_scale: Tensor, found_inf: Tensor) -> Tensor:
@@ -507,7 +507,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         if not self._options.as_views:
             raise ValueError("overlap_forward() needs parameters_as_bucket_view=True, and no differentiable=True")
-        if isinstance(model, torch._dynamo.OptimizedModule):
+        if hasattr(model, "_orig_mod"):  # torch.compile's wrapper
             raise ValueError("overlap_forward() is not for compiled models: they take their parameters without asking")
         self._arrivals = self._arrivals or Arrivals()
         self._arrivals.hook(model)

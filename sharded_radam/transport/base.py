@@ -68,9 +68,13 @@ def mean_(out: Tensor, parts: Sequence[Tensor], accumulate: bool) -> None:
         numel = min(chunk_numel, out.numel() - start)
         target = out.narrow(0, start, numel)
         total = target if scratch is None else scratch.narrow(0, 0, numel)
-        total.copy_(parts[0].narrow(0, start, numel))
-        for part in parts[1:]:
-            total.add_(part.narrow(0, start, numel))
+        first, *others = (part.narrow(0, start, numel) for part in parts)
+        if others and first.dtype == total.dtype:
+            torch.add(first, others.pop(0), out=total)
+        else:
+            total.copy_(first)
+        for part in others:
+            total.add_(part)
         if len(parts) > 1:
             total.div_(len(parts))
         if scratch is not None:

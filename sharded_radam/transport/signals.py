@@ -139,24 +139,29 @@ def connect(rank: int, world_size: int, gather: Gather, timeout: float) -> Signa
         return "ranks are on several hosts, in several network namespaces, or of several users"
     address = f"\0sharded_radam.{heard[0][1]}."
     connections: dict[int, socket.socket] = {}
-    problem = None
+
+    def bind() -> None:
+        listener.bind(address + str(rank))
+        listener.listen(world_size)
+
+    # No step waits for another rank's: who has bound can be connected to, and who was connected to can accept.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind(address + str(rank))
-            listener.listen(world_size)
-        except OSError as error:
-            problem = f"rank {rank}: {error}"
-        problems = [p for p in gather(problem) if p]
-        if not problems:
+        listener.settimeout(_CONNECT_S)
+        for action in (
+            bind,
+            lambda: _connect(rank, address, connections),
+            lambda: _accept(world_size, listener, connections),
+        ):
+            problem = None
             try:
-                _meet(rank, world_size, address, listener, connections)
+                action()
             except (OSError, struct.error) as error:
                 problem = f"rank {rank}: {error}"
             problems = [p for p in gather(problem) if p]
-    if problems:
-        for connection in connections.values():
-            connection.close()
-        return str(problems[0])
+            if problems:
+                for connection in connections.values():
+                    connection.close()
+                return str(problems[0])
     return Signals(rank, dict(sorted(connections.items())), timeout)
 
 
@@ -170,17 +175,18 @@ def _host() -> tuple[str, int, int] | None:
     return None
 
 
-def _meet(
-    rank: int, world_size: int, address: str, listener: socket.socket, connections: dict[int, socket.socket]
-) -> None:
-    """Connect to lower ranks, accept higher ones (connections: filled)."""
+def _connect(rank: int, address: str, connections: dict[int, socket.socket]) -> None:
+    """To lower ranks (connections: filled)."""
     for other in range(rank):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connections[other] = connection
         connection.settimeout(_CONNECT_S)
         connection.connect(address + str(other))
         connection.sendall(_HELLO.pack(rank))
-    listener.settimeout(_CONNECT_S)
+
+
+def _accept(world_size: int, listener: socket.socket, connections: dict[int, socket.socket]) -> None:
+    """Higher ranks (connections: filled)."""
     while len(connections) < world_size - 1:
         connection, _ = listener.accept()
         connection.settimeout(_CONNECT_S)

@@ -1,0 +1,110 @@
+"""Peers as whole training iterations: a model, what synchronises its gradients, and its optimizer."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_radam import ShardedRAdam
+
+LR = 1e-3
+ZERO1 = "DDP + sharded_radam"
+ZERO2 = "sharded_radam, shard_gradients"
+ZERO2_GLOO = "sharded_radam, shard_gradients, transport gloo"
+ONE_COPY = "sharded_radam, shard_gradients, share_parameters"
+DDP = "DDP + RAdam foreach"
+ZERO = "DDP + ZeroRedundancyOptimizer"
+FSDP = "FSDP2 + RAdam foreach"
+DEEPSPEED = "DeepSpeed ZeRO-2 + RAdam foreach"
+OURS = (ZERO1, ZERO2, ZERO2_GLOO, ONE_COPY)
+
+
+def have_deepspeed() -> bool:
+    """Whether DeepSpeed is installed (``pip install deepspeed``); it is no dependency of the benchmarks."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def names(world_size: int) -> list[str]:
+    """The peers that can run here."""
+    if world_size == 1:
+        return [ZERO1, ZERO2, DDP]
+    found = [ZERO2, ONE_COPY, ZERO2_GLOO, ZERO1, ZERO, DDP, FSDP]
+    if torch.cuda.is_available():
+        found = [ZERO2, ZERO1, ZERO, DDP, FSDP]
+    return [*found, DEEPSPEED] if have_deepspeed() else found
+
+
+class Trainer:
+    """One iteration of a peer: gradients, their synchronisation, and the step.
+
+    Args:
+        name: of the peer.
+        make_model: returns the model, equal on all ranks, whose forward returns the loss.
+        blocks: the modules of a model that FSDP2 is to shard one by one.
+    """
+
+    def __init__(
+        self, name: str, make_model: Callable[[], nn.Module], blocks: Callable[[nn.Module], list[nn.Module]]
+    ) -> None:
+        self.name = name
+        model = make_model()
+        self.engine: Any = None
+        if name == DEEPSPEED:
+            self.model, self.optimizer = self._deepspeed(model)
+            return
+        if name == FSDP:
+            mesh = init_device_mesh(
+                "cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),)
+            )
+            for module in (*blocks(model), model):
+                fully_shard(module, mesh=mesh)
+        elif name in (ZERO1, ZERO, DDP):
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.model = model
+        self.optimizer = self._optimizer(name, model)
+
+    def _optimizer(self, name: str, model: nn.Module) -> torch.optim.Optimizer:
+        params = model.parameters()
+        if name in OURS:
+            transport = "gloo" if name == ZERO2_GLOO else None
+            shard, share = name != ZERO1, name == ONE_COPY
+            return ShardedRAdam(params, lr=LR, transport=transport, shard_gradients=shard, share_parameters=share)
+        if name == ZERO:
+            options: dict[str, Any] = {"parameters_as_bucket_view": True, "lr": LR, "foreach": True}
+            return ZeroRedundancyOptimizer(params, torch.optim.RAdam, **options)
+        return torch.optim.RAdam(params, lr=LR, foreach=True)
+
+    def _deepspeed(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        deepspeed = importlib.import_module("deepspeed")
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        radam = torch.optim.RAdam(model.parameters(), lr=LR, foreach=True)
+        self.engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=radam, config=config)
+        return self.engine, optimizer
+
+    def iterate(self, *inputs: Tensor) -> Tensor:
+        """Forward, backward with synchronisation, step."""
+        if self.engine is not None:
+            loss: Tensor = self.engine(*inputs)
+            self.engine.backward(loss)
+            self.engine.step()
+            return loss.detach()
+        loss = self.model(*inputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
