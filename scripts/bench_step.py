@@ -170,31 +170,10 @@ def copy_milliseconds(num_bytes: int, device: torch.device) -> float:
     return statistics.median(milliseconds(lambda: target.copy_(source), device) for _ in range(7))
 
 
-def summarise(times: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
-    reference = statistics.median(times[ours])
-    rows = {}
-    for name, values in times.items():
-        ordered = sorted(values)
-        rows[name] = {
-            "median_ms": statistics.median(values),
-            "p10_ms": ordered[len(ordered) // 10],
-            "p90_ms": ordered[-1 - len(ordered) // 10],
-            "times_ours": statistics.median(values) / reference,
-        }
-    return rows
-
-
 def add_limit(rows: dict[str, dict[str, float]], floor: float, moved_ms: float, ours: str) -> None:
     limit = floor + moved_ms
     rows[LIMIT] = dict.fromkeys(("median_ms", "p10_ms", "p90_ms"), limit)
     rows[LIMIT]["times_ours"] = limit / rows[ours]["median_ms"]
-
-
-def show(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"{title:50}{'median ms':>11}{'p10':>9}{'p90':>9}{'ratio':>8}")
-    for name, row in rows.items():
-        figures = f"{row['median_ms']:11.2f}{row['p10_ms']:9.2f}{row['p90_ms']:9.2f}{row['times_ours']:8.2f}"
-        print(f"{name:50}{figures}", flush=True)
 
 
 def plan_milliseconds(world_size: int) -> float:
@@ -231,16 +210,16 @@ def main() -> None:
         numel = sum(torch.Size(shape).numel() for shape in shapes)
         moved_ms = copy_milliseconds(numel * 4 * (ranks - 1) // ranks, device)
         counts = (arguments.rounds, arguments.warmup, arguments.passes, device)
-        steps = summarise(measure(step_cases(shapes, device), *counts), peers.OURS)
+        steps = peers.summarise(measure(step_cases(shapes, device), *counts), peers.OURS)
         floor = steps[peers.FLOOR]["median_ms"]
         add_limit(steps, floor, moved_ms, peers.OURS)
         if is_main:
             print(f"\n{name}: {len(shapes)} tensors, {numel / 1e6:.1f}M elements")
-            show("optimizer step", steps)
-        syncs = summarise(measure(sync_cases(shapes, device), *counts), trainers.ZERO2)
+            peers.show("optimizer step", steps)
+        syncs = peers.summarise(measure(sync_cases(shapes, device), *counts), trainers.ZERO2)
         add_limit(syncs, floor, 2 * moved_ms, trainers.ZERO2)
         if is_main:
-            show("gradient synchronisation + step", syncs)
+            peers.show("gradient synchronisation + step", syncs)
         result["step"][name], result["sync_and_step"][name] = steps, syncs
     if is_main:
         for world_size in (1, 1024):

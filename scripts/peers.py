@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,10 @@ def describe_machine() -> dict[str, Any]:
         text=True,
         check=False,
     ).stdout.strip()
+    script = " ".join([f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"
     return {
+        "command": f"{threads} torchrun --standalone --nproc-per-node={dist.get_world_size()} {script}",
         "processor": model,
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -120,6 +125,27 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit or "unknown",
     }
+
+
+def summarise(times: dict[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
+    reference = statistics.median(times[ours])
+    rows = {}
+    for name, values in times.items():
+        ordered = sorted(values)
+        rows[name] = {
+            "median_ms": statistics.median(values),
+            "p10_ms": ordered[len(ordered) // 10],
+            "p90_ms": ordered[-1 - len(ordered) // 10],
+            "times_ours": statistics.median(values) / reference,
+        }
+    return rows
+
+
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"{title:50}{'median ms':>11}{'p10':>9}{'p90':>9}{'ratio':>8}")
+    for name, row in rows.items():
+        figures = f"{row['median_ms']:11.2f}{row['p10_ms']:9.2f}{row['p90_ms']:9.2f}{row['times_ours']:8.2f}"
+        print(f"{name:50}{figures}", flush=True)
 
 
 def file_store(path: str, world_size: int) -> FileStore:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -103,8 +104,11 @@ class Trainer:
             self.engine.backward(loss)
             self.engine.step()
             return loss.detach()
-        loss = self.model(*inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with record_function("forward"):
+            loss = self.model(*inputs)
+        with record_function("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        with record_function("step"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return loss.detach()

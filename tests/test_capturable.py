@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 def world_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A group of the fake backend, which takes all collectives and sends nothing; so objects come from here."""
     monkeypatch.setattr(Transport, "all_gather_objects", lambda self, item: [item] * self.world_size)
+    # torch's own of these ask the GPU what it can do.
+    monkeypatch.setattr(Transport, "broadcast", lambda self, tensor: None)
+    monkeypatch.setattr(Transport, "all_reduce", lambda self, tensor, op: tensor)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
     yield request.param
     dist.destroy_process_group()
@@ -74,7 +78,7 @@ def test_fused_step_on_cuda_never_waits_for_the_device(
     steps = iter(range(1, 20))
     monkeypatch.setattr(
         "sharded_radam.optimizer.count_step",
-        lambda _state, params, capturable: [Cohort(next(steps), frozenset(range(len(params) - capturable)))],
+        lambda _state, params, _has_grad, capturable: [Cohort(next(steps), frozenset(range(len(params) - capturable)))],
     )
     optimizer = fake_cuda_step(dtype, fused=True)
     assert optimizer._engine(optimizer._flats[0]) == "fused"
@@ -90,3 +94,31 @@ def test_the_check_itself_can_fail() -> None:
         value = torch.zeros((), device="cuda")
         with pytest.raises(DataDependentOutputException):
             value.item()
+
+
+def fake_cuda_backward(steps: int, **flags: Any) -> ShardedRAdam:
+    """Gradients come as from backward, which torch does not run on fake CUDA tensors without CUDA."""
+    with FakeTensorMode():
+        params = [Parameter(torch.zeros(shape, device="cuda")) for shape in [(70, 9), (3,), (500,), (64, 3)]]
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, shard_gradients=True, capturable=True, **flags)
+        optimizer.overlap_forward(torch.nn.ParameterList(params))
+        gradients = optimizer._gradients
+        assert gradients is not None
+        for step in range(steps):
+            optimizer.zero_grad()
+            with optimizer.no_sync() if step == 3 else contextlib.nullcontext():
+                for slot in reversed(range(len(params))):
+                    params[slot].grad = torch.zeros_like(params[slot])
+                    gradients.arrive((0, slot))
+            assert step in (0, 3) or all(param.grad is None for param in params)
+            assert optimizer.clip_grad_norm_(1.0).device.type == "cuda"
+            optimizer.step()
+    return optimizer
+
+
+def test_sharded_gradients_on_cuda_never_wait_for_the_device(world_size: int) -> None:
+    optimizer = fake_cuda_backward(7)
+    gradients = optimizer._gradients
+    assert gradients is not None
+    assert optimizer._network.name == ("native" if world_size > 1 else "none")
+    assert {total.device.type for total in gradients.sums} == {"cuda"}

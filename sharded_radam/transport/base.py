@@ -72,7 +72,7 @@ def mean_(out: Tensor, parts: Sequence[Tensor], accumulate: bool) -> None:
         if others and first.dtype == total.dtype:
             torch.add(first, others.pop(0), out=total)
         else:
-            total.copy_(first)
+            torch._foreach_copy_([total], [first])
         for part in others:
             total.add_(part)
         if len(parts) > 1:
@@ -154,7 +154,9 @@ class Transport(ABC):
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Collective: which flags are set on some rank. The device is not waited for where all are set here."""
-        mask = self.all_reduce(torch.tensor(flags, dtype=torch.uint8, device=self.device), dist.ReduceOp.MAX)
+        mask = self.all_reduce(
+            torch.tensor(flags, dtype=torch.uint8).to(self.device, non_blocking=True), dist.ReduceOp.MAX
+        )
         return [True] * len(flags) if all(flags) else [bool(flag) for flag in mask.tolist()]
 
     def all_gather_objects(self, item: object) -> list[Any]:

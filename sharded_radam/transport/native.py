@@ -79,4 +79,4 @@ class NativeReducer(Reducer):
         if bucket.accumulate:
             bucket.out.add_(bucket.shard)
         else:
-            bucket.out.copy_(bucket.shard)
+            torch._foreach_copy_([bucket.out], [bucket.shard])

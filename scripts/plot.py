@@ -1,0 +1,116 @@
+"""Plots and Markdown tables of what the benchmarks wrote to scripts/results.
+
+    python scripts/plot.py            # scripts/results/{step,train,memory,checkpoint}.png, tables on stdout
+
+A plot has one panel for each number of ranks and kind of figure, and the command that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+
+Panel = tuple[str, dict[str, float]]
+"""A title, and a figure for each bar."""
+
+
+def step_panels(result: dict[str, Any]) -> Iterator[Panel]:
+    for key, title in (("step", "optimizer step"), ("sync_and_step", "gradient synchronisation + step")):
+        for shapes, rows in result.get(key, {}).items():
+            if shapes == "gpt2":
+                yield f"{title}, GPT-2 124M, ms", {name: row["median_ms"] for name, row in rows.items()}
+
+
+def train_panels(result: dict[str, Any]) -> Iterator[Panel]:
+    size = f"{result['elements'] / 1e6:.1f}M parameters"
+    yield f"whole iteration, {size}, ms", {name: row["median_ms"] for name, row in result["iteration"].items()}
+
+
+def memory_panels(result: dict[str, Any]) -> Iterator[Panel]:
+    rows = result["memory"]["gpt2"]["peers"]
+    yield "optimizer state per rank, GPT-2 124M, MiB", {n: row["state_bytes"] / 2**20 for n, row in rows.items()}
+
+
+def checkpoint_panels(result: dict[str, Any]) -> Iterator[Panel]:
+    for key in ("save", "load, not cached"):
+        figures = {name: sorted(times[key])[len(times[key]) // 2] for name, times in result["seconds"].items()}
+        yield f"{key}, GPT-2 124M, s", figures
+
+
+PANELS = {"step": step_panels, "train": train_panels, "memory": memory_panels, "checkpoint": checkpoint_panels}
+
+
+def read(kind: str, folder: Path) -> dict[int, dict[str, Any]]:
+    """The results of a benchmark, by number of ranks."""
+    found = {}
+    for path in folder.glob(f"{kind}_*_ranks.json"):
+        match = re.fullmatch(rf"{kind}_(\d+)_ranks", path.stem)
+        assert match
+        found[int(match[1])] = json.loads(path.read_text())
+    return dict(sorted(found.items()))
+
+
+def plot(kind: str, results: dict[int, dict[str, Any]], folder: Path) -> None:
+    columns = [(f"{ranks} rank{'s' * (ranks > 1)}", list(PANELS[kind](result))) for ranks, result in results.items()]
+    rows = max(len(panels) for _, panels in columns)
+    figure, axes = plt.subplots(
+        rows, len(columns), figsize=(7 * len(columns), 0.6 + 3.4 * rows), squeeze=False, layout="constrained"
+    )
+    for column, (ranks, panels) in enumerate(columns):
+        for row, (title, bars) in enumerate(panels):
+            axis = axes[row][column]
+            colours = ["C0" if name.startswith("sharded_radam") else "C1" for name in bars]
+            drawn = axis.barh(list(bars), list(bars.values()), color=colours)
+            axis.bar_label(drawn, fmt="%.4g", padding=3)
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+            axis.set_title(f"{ranks}: {title}", fontsize=10)
+    machine = next(iter(results.values()))["machine"]
+    command = machine.get("command", f"scripts/bench_{kind}.py")
+    text = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}\n{command}"
+    figure.supxlabel(text, fontsize=8)
+    figure.savefig(folder / f"{kind}.png", dpi=110)
+    plt.close(figure)
+
+
+def table(kind: str, results: dict[int, dict[str, Any]]) -> str:
+    """Markdown: a row for each bar, a column for each number of ranks; in brackets the ratio to the first row."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for ranks, result in results.items():
+        for title, bars in PANELS[kind](result):
+            for name, value in bars.items():
+                found.setdefault(title, {}).setdefault(name, {})[ranks] = value
+    lines = []
+    for title, rows in found.items():
+        first = next(iter(rows.values()))
+        lines += [f"| {title} |" + "".join(f" {r} rank{'s' * (r > 1)} |" for r in results)]
+        lines += ["|---" * (len(results) + 1) + "|"]
+        for name, values in rows.items():
+            cells = [
+                f"{values[r]:.3g} ({values[r] / first[r]:.2f} x)" if r in values and r in first else "" for r in results
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    for kind in PANELS:
+        results = read(kind, RESULTS)
+        if results:
+            plot(kind, results, RESULTS)
+            print(table(kind, results))
+
+
+if __name__ == "__main__":
+    main()
