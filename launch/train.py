@@ -1,7 +1,8 @@
-"""Train a byte-level GPT on text, with DistributedDataParallel and a choice of optimizers.
+"""Train a byte-level GPT on text, with a choice of optimizers, and with DistributedDataParallel or sharded gradients.
 
     torchrun --standalone --nproc-per-node=2 launch/train.py --steps 200 --save runs/first
     torchrun --standalone --nproc-per-node=3 launch/train.py --steps 300 --resume runs/first
+    torchrun --standalone --nproc-per-node=2 launch/train.py --steps 200 --optimizer sharded-gradients
 
 Started by torchrun (or alone, as one rank). CUDA and NCCL where there are GPUs, CPU and Gloo otherwise. The text is by
 default the source of Python's standard library; ``--data`` takes files and folders instead. Ranks read different
@@ -168,6 +169,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.99), "decoupled_weight_decay": True}
     if name == "sharded":
         return ShardedRAdam(groups, **options)
+    if name == "sharded-gradients":
+        return ShardedRAdam(groups, shard_gradients=True, module=model, **options)
     if name == "radam":
         return torch.optim.RAdam(groups, foreach=True, **options)
     return ZeroRedundancyOptimizer(groups, torch.optim.RAdam, parameters_as_bucket_view=True, foreach=True, **options)
@@ -180,13 +183,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def save_file(path: Path, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_file(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Collective: one file, written by rank 0, that any number of ranks can load; whole or not at all."""
     if isinstance(optimizer, (ShardedRAdam, ZeroRedundancyOptimizer)):
         optimizer.consolidate_state_dict(to=0)
     failure: list[Any] = [None]
     if dist.get_rank() == 0:
-        content = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         try:
             write_atomically(path, content)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
@@ -241,10 +244,29 @@ class Trainer:
         sizes = Sizes(options.layers, options.heads, options.width, options.context)
         self.text = Text(read_text(options.data, options.data_bytes), sizes.context, self.device)
         model = GPT(sizes).to(self.device)
-        self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.optimizer = make_optimizer(options.optimizer, self.model, options.lr, options.weight_decay)
+        self.net, self.model = model, self.wrap(model)
+        self.optimizer = make_optimizer(options.optimizer, model, options.lr, options.weight_decay)
         self.manager = CheckpointManager(options.save, keep=options.keep) if self.saves_directories() else None
         self.first_step = self.resume(model) if options.resume else 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """With sharded gradients the optimizer averages them itself."""
+        if self.options.optimizer == "sharded-gradients":
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        """Gradients of all parts of a batch but the last stay with their rank."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        assert isinstance(self.optimizer, ShardedRAdam)
+        return self.optimizer.no_sync()
+
+    def clip(self) -> Tensor:
+        """Returns the norm of the gradients before."""
+        if isinstance(self.optimizer, ShardedRAdam):
+            return self.optimizer.clip_grad_norm_(self.options.clip)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
 
     def saves_directories(self) -> bool:
         return self.options.save is not None and not self.options.consolidated
@@ -264,7 +286,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Save in the background, or one file by rank 0 while the others wait."""
         if self.manager is None:
-            save_file(self.options.save, self.model, self.optimizer, step)
+            save_file(self.options.save, self.net, self.optimizer, step)
         else:
             # The position in the text is the step.
             self.manager.save(step, model=self.model, optimizer=self.optimizer, data={"step": step}, blocking=False)
@@ -289,7 +311,7 @@ class Trainer:
         size = max(1, self.options.batch // self.world_size)
         for tokens, targets in self.text.validation_batches(size, self.rank, self.world_size, 4):
             with self.autocast():
-                loss = self.model.module(tokens, targets)
+                loss = self.net(tokens, targets)
             total += torch.stack([loss * len(tokens), torch.tensor(float(len(tokens)), device=self.device)])
         dist.all_reduce(total)
         return float(total[0] / total[1])
@@ -305,12 +327,12 @@ class Trainer:
             size = self.options.batch // self.options.accumulate
             tokens, targets = self.text.batch(step, part, size, self.rank, self.world_size)
             last = part == self.options.accumulate - 1
-            with contextlib.nullcontext() if last else self.model.no_sync():
+            with contextlib.nullcontext() if last else self.no_sync():
                 with self.autocast():
                     loss = self.model(tokens, targets) / self.options.accumulate
                 loss.backward()
             loss_sum += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        norm = self.clip()
         self.synchronize()
         stepping = time.perf_counter()
         self.optimizer.step()
@@ -382,7 +404,7 @@ class Trainer:
             if self.rank == 0 and self.manager.last_report:
                 print(f"saved {self.manager.last_report}", flush=True)
         # DDP keeps the group alive: freed by a rank after its peers are gone, Gloo sometimes never returns.
-        del self.model, self.optimizer
+        del self.model, self.net, self.optimizer
         dist.barrier()
         dist.destroy_process_group()
 
@@ -402,7 +424,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="number of the last step, counted from the very first")
     add("--batch", type=int, default=24, help="sequences of all ranks in a step")
     add("--accumulate", type=int, default=1, help="parts of a step's batch")
-    add("--optimizer", choices=["sharded", "radam", "zero"], default="sharded")
+    add("--optimizer", choices=["sharded", "sharded-gradients", "radam", "zero"], default="sharded")
     add("--lr", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.1)
     add("--warmup", type=int, default=20)
@@ -419,7 +441,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.schedule_steps = options.schedule_steps or options.steps
-    if options.optimizer != "sharded" and (options.save or options.resume) and not options.consolidated:
+    if not options.optimizer.startswith("sharded") and (options.save or options.resume) and not options.consolidated:
         parser.error(f"--optimizer {options.optimizer} saves and resumes with --consolidated only")
     return options
 

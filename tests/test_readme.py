@@ -38,11 +38,22 @@ def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
     assert {int(state["step"]) for state in names["optimizer"].state.values()} == {7}
 
 
+def check_sharded(_rank: int, _world_size: int, code: str) -> None:
+    """Without DDP: 28 batches in 7 steps."""
+    names: dict[str, Any] = {"model": nn.Linear(3, 200), "batches": [torch.ones(5, 3)] * 28}
+    before = names["model"].weight.detach().clone()
+    exec(code, names)
+    assert {int(state["step"]) for state in names["optimizer"].state.values()} == {7}
+    assert not torch.equal(names["model"].weight, before)
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    sharded = blocks.pop(1)
     run(check_code, world_size, "\n".join(blocks), str(tmp_path))
+    run(check_sharded, world_size, sharded)
     commands = re.findall(r"^sharded-radam (.*?)(?: +#.*)?$", README.read_text(), flags=re.MULTILINE)
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)

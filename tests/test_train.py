@@ -79,7 +79,7 @@ def test_all_flags_and_peers(tmp_path: Path) -> None:
     (text / "a.txt").write_bytes(bytes(range(97, 123)) * 2000)
     flags = ["--steps", 4, "--accumulate", 3, "--bf16", "--clip", 0.1, "--data", text]
     losses = {}
-    for name in ("sharded", "radam", "zero"):
+    for name in ("sharded", "sharded-gradients", "radam", "zero"):
         train(
             2,
             *(*flags, "--optimizer", name, "--consolidated", "--save", tmp_path / f"{name}.pt"),
@@ -87,8 +87,10 @@ def test_all_flags_and_peers(tmp_path: Path) -> None:
         )
         losses[name] = [record["loss"] for record in metrics(tmp_path / f"{name}.jsonl") if "loss" in record]
     assert losses["sharded"] == pytest.approx(losses["radam"], rel=1e-3)
+    assert losses["sharded-gradients"] == pytest.approx(losses["radam"], rel=1e-3)
     assert losses["zero"] == pytest.approx(losses["radam"], rel=1e-3)
-    for saved, loaded in (("radam", "sharded"), ("zero", "sharded"), ("sharded", "radam"), ("sharded", "zero")):
+    pairs = (("radam", "sharded"), ("zero", "sharded-gradients"), ("sharded-gradients", "radam"), ("sharded", "zero"))
+    for saved, loaded in pairs:
         resume = ("--consolidated", "--resume", tmp_path / f"{saved}.pt", "--optimizer", loaded)
         train(1, "--steps", 5, "--data", text, *resume)
     shards = [metrics(tmp_path / f"{name}.jsonl")[-1] for name in ("sharded", "radam")]
