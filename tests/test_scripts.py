@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,16 +25,59 @@ def run(ranks: int, script: str, *flags: str) -> subprocess.CompletedProcess[str
     return done
 
 
+OURS = "sharded_radam, shard_gradients"
+ALONE = {"sharded_radam", "sharded_radam, no communication", "DDP + RAdam"}
+TOGETHER = {"sharded_radam, transport gloo", "sharded_radam, share_parameters", "ZeroRedundancyOptimizer"}
+ITERATIONS = {OURS, "DDP + sharded_radam", "DDP + RAdam foreach"}
+MORE_ITERATIONS = {f"{OURS}, transport gloo", f"{OURS}, share_parameters", "DDP + ZeroRedundancyOptimizer"}
+MORE_ITERATIONS |= {"FSDP2 + RAdam foreach"}
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bench_step(tmp_path: Path, ranks: int) -> None:
     file = tmp_path / "out.json"
-    out = run(ranks, "bench_step.py", "--shapes", "small", "--rounds", "2", "--warmup", "1", "--json", str(file)).stdout
+    flags = ("--shapes", "small", "--rounds", "1", "--warmup", "1", "--passes", "2", "--json", str(file))
+    out = run(ranks, "bench_step.py", *flags).stdout
     figures = json.loads(file.read_text())
-    wanted = {"sharded_radam", "sharded_radam, no communication", "DDP + RAdam"}
-    assert figures["step"]["small"].keys() == (wanted | {"ZeroRedundancyOptimizer"} if ranks > 1 else wanted)
-    assert all(name in out for name in wanted)
+    limit = {"limit: update, bytes at the speed of memcpy"}
+    assert figures["step"]["small"].keys() == ALONE | limit | (TOGETHER if ranks > 1 else set())
+    rows = figures["sync_and_step"]["small"].keys() - {"DeepSpeed ZeRO-2 + RAdam foreach"}
+    assert rows == ITERATIONS | limit | {"the backward pass alone"} | (MORE_ITERATIONS if ranks > 1 else set())
+    assert all(name in out for name in rows)
+    assert figures["rounds"] == 2
     assert figures["machine"]["ranks"] == ranks
+    assert figures["machine"]["command"].startswith("OMP_NUM_THREADS=1 torchrun")
     assert figures["plan_ms"].keys() == {"1", "1024"}
+
+
+def test_bench_train(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    sizes = ("--layers", "1", "--heads", "2", "--width", "32", "--context", "16")
+    run(2, "bench_train.py", "--rounds", "2", "--warmup", "6", *sizes, "--json", str(file))
+    figures = json.loads(file.read_text())
+    rows = figures["iteration"]
+    assert rows.keys() >= ITERATIONS | MORE_ITERATIONS
+    losses = {row["last_loss"] for row in rows.values()}
+    assert max(losses) - min(losses) < 1e-3  # all train the same model on the same batches
+    for ranges in (figures["profile"][OURS], figures["profile"][f"{OURS}, share_parameters"]):
+        assert {f"sharded_radam::{name}" for name in ("reduce_scatter", "update", "all_gather")} <= ranges.keys()
+
+
+def test_plots_and_tables(tmp_path: Path) -> None:
+    """Of the results in the repository."""
+    code = f"import plot, pathlib; plot.RESULTS = pathlib.Path({str(tmp_path)!r}); plot.main()"
+    shutil.copytree(ROOT / "scripts" / "results", tmp_path, dirs_exist_ok=True)
+    for old in tmp_path.glob("*.png"):
+        old.unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
+    )
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"step", "train", "memory", "checkpoint"}
+    readme = (ROOT / "README.md").read_text()
+    tables = [line for line in done.stdout.splitlines() if line.startswith("| ") and "GPT-2 124M, ms" not in line]
+    wanted = [line for line in tables if line.startswith(("| sharded_radam", "| DDP", "| FSDP2 + RAdam"))]
+    assert wanted
+    assert [line for line in wanted if line not in readme] == []
 
 
 def test_bench_memory(tmp_path: Path) -> None:
