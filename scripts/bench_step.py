@@ -193,7 +193,7 @@ def plan_milliseconds(world_size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(peers.SHAPES), default=["gpt2", "small"])
-    parser.add_argument("--rounds", type=int, default=4, help="of each pass")
+    parser.add_argument("--rounds", type=int, default=3, help="of each pass")
     parser.add_argument("--warmup", type=int, default=5, help="rounds of each pass that are not counted")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures to this file")

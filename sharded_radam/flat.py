@@ -42,7 +42,8 @@ class Flat:
 
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
-    slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all.
+    slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all. ``reals`` is how many real
+    numbers an element is.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Flat:
         self.rank = rank
         self.as_views = as_views
         self.is_half = params[0].dtype in HALF_DTYPES
+        self.reals = 2 if params[0].is_complex() else 1
         device, dtype = params[0].device, params[0].dtype
         state_dtype = torch.float32 if self.is_half else dtype
         self.buffer = zeros(plan.numel, dtype, device) if buffer is None else buffer

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_radam.flat import Flat
 from sharded_radam.memory import as_real, flat_gradient, zeros
-from sharded_radam.schedule import Launch, Slots, make_schedule
+from sharded_radam.schedule import Launch, Progress, Slots, make_schedule
 from sharded_radam.transport import Reducer, Transport
 
 logger = logging.getLogger("sharded_radam")
@@ -74,7 +74,7 @@ class ShardedGradients:
         self._not_finite: list[str] = []
         self._expected: set[Slots] = set()
         self._last_arrivals: list[Slots] = []
-        self._rounds = 0
+        self._had_round = False
         self._is_behind = False
         self._is_reduced = False
         self.is_unscaled = False
@@ -85,9 +85,8 @@ class ShardedGradients:
         """Take in more flats; what was accumulated before must have been used."""
         for flat in flats:
             self.flats.append(flat)
-            reals = 2 if flat.buffer.is_complex() else 1
             dtype = flat.state["exp_avg"].dtype.to_real()
-            self.sums.append(zeros(reals * flat.plan.local_numel, dtype, flat.buffer.device))
+            self.sums.append(zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device))
         self._reducer = None
         backwards = [(i, slot) for i, flat in enumerate(self.flats) for slot in range(len(flat.params))][::-1]
         self._reschedule(backwards)
@@ -95,10 +94,7 @@ class ShardedGradients:
 
     def make_reducer(self) -> Reducer:
         """Collective: the reducer for the buckets of all flats."""
-        sizes = []
-        for flat in self.flats:
-            reals = 2 if flat.buffer.is_complex() else 1
-            sizes.append((reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()))
+        sizes = [(flat.reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()) for flat in self.flats]
         self._reducer = self._transport.reducer(sizes)
         return self._reducer
 
@@ -133,52 +129,40 @@ class ShardedGradients:
         if not self._syncing:
             self._is_behind = True
             return
-        if key not in self._launches_of:
+        if not self._progress.expects(key):
             return  # rare: its ``.grad`` waits for the step
-        if key in self._arrived:
+        if key in self._progress.arrived:
             self._end_round()  # another backward has begun
-        self._arrived[key] = None
-        for number in self._launches_of[key]:
-            self._missing[number] -= 1
-        while self._next < len(self._missing) and self._missing[self._next] <= 0:
+        self._progress.arrive(key)
+        while self._progress.is_ready:
             self._launch_next()
-        if self._next == len(self._missing):
+        if self._progress.is_over:
             self._begin_round()
 
     def _end_round(self) -> None:
-        while self._next < len(self._missing):
+        while not self._progress.is_over:
             self._launch_next()
         self._begin_round()
 
     def _begin_round(self) -> None:
-        if self._arrived:
-            self._last_arrivals = list(self._arrived)
-        self._rounds += 1
+        if self._progress.arrived:
+            self._last_arrivals = list(self._progress.arrived)
+        self._had_round = True
         self._is_behind = False
-        self._reset_round()
-
-    def _reset_round(self) -> None:
-        self._next = 0
-        self._missing = [len(launch.slots) for launch in self._schedule.launches]
-        self._unsent = {key: len(numbers) for key, numbers in self._launches_of.items()}
-        self._arrived: dict[Slots, None] = {}
+        self._progress.reset()
 
     def _launch_next(self) -> None:
-        launch = self._schedule.launches[self._next]
-        self._next += 1
+        launch, done = self._progress.take()
         self._send(launch)
-        for slot in launch.slots:
-            self._unsent[launch.flat, slot] -= 1
-            if self._unsent[launch.flat, slot] == 0:
-                self.flats[launch.flat].params[slot].grad = None
+        for slot in done:
+            self.flats[launch.flat].params[slot].grad = None
 
     def _send(self, launch: Launch) -> None:
         """Pack the gradients of a launch, and begin to reduce them."""
         flat, plan = self.flats[launch.flat], self.flats[launch.flat].plan
-        reals = 2 if flat.buffer.is_complex() else 1
         first, stop = plan.bucket_range(launch.bucket)
         with record_function("sharded_radam::reduce_scatter"):
-            bucket = self._reduce.open(reals * (stop - first), flat.buffer.dtype.to_real())
+            bucket = self._reduce.open(flat.reals * (stop - first), flat.buffer.dtype.to_real())
             targets, sources, empty = [], [], []
             for part in self._parts[launch.flat, launch.bucket]:
                 target = bucket.narrow(0, part.offset, part.numel)
@@ -187,12 +171,11 @@ class ShardedGradients:
                     sources.append(self._gradient((launch.flat, part.slot)).narrow(0, part.start, part.numel))
                 else:
                     empty.append(target)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+            self._reduce.fill(targets, sources)
             if empty:
                 torch._foreach_zero_(empty)
             where = (launch.flat, launch.bucket)
-            local_start, local_stop = (reals * at for at in plan.local_range(launch.bucket))
+            local_start, local_stop = (flat.reals * at for at in plan.local_range(launch.bucket))
             out = self.sums[launch.flat].narrow(0, local_start, local_stop - local_start)
             self._reduce.close(out, where in self._filled, (31 * self._epoch + launch.bucket) % 256)
             self._filled.add(where)
@@ -233,7 +216,7 @@ class ShardedGradients:
             RuntimeError: on every rank, with ``check``, if one had a gradient that is not finite.
         """
         if not self._is_reduced:
-            if self._arrived or self._is_behind or not self._rounds:
+            if self._progress.arrived or self._is_behind or not self._had_round:
                 self._end_round()
             self._send_tail()
             self._is_reduced = True
@@ -248,7 +231,7 @@ class ShardedGradients:
     def _send_tail(self) -> None:
         keys = list(self._keys())
         rare = [key for key in keys if self._param(key).grad is not None]
-        late = [key for key in rare if key in self._launches_of]
+        late = [key for key in rare if self._progress.expects(key)]
         if late:
             raise RuntimeError(
                 f"parameter '{self.flats[late[0][0]].specs[late[0][1]].name}' has a .grad that was assigned after "
@@ -274,20 +257,14 @@ class ShardedGradients:
     def _reschedule(self, order: Sequence[Slots]) -> None:
         plans = [flat.plan for flat in self.flats]
         self._schedule = make_schedule(plans, order)
-        self._launches_of: dict[Slots, list[int]] = defaultdict(list)
-        for number, launch in enumerate(self._schedule.launches):
-            for key in _keys_of(launch):
-                self._launches_of[key].append(number)
-        self._launches_of = dict(self._launches_of)
+        self._progress = Progress(self._schedule)
         self._parts = {
             (launch.flat, launch.bucket): self._parts_of(launch.flat, launch.bucket)
             for launch in (*self._schedule.launches, *self._schedule.tail)
         }
-        self._reset_round()
 
     def _parts_of(self, flat: int, bucket: int) -> list[_Part]:
-        plan = self.flats[flat].plan
-        reals = 2 if self.flats[flat].buffer.is_complex() else 1
+        plan, reals = self.flats[flat].plan, self.flats[flat].reals
         first, end = plan.bucket_range(bucket)
         return [
             _Part(slot, reals * (start - plan.slots[slot].start), reals * (stop - start), reals * (start - first))
@@ -305,14 +282,14 @@ class ShardedGradients:
 
     def stepped(self) -> None:
         """A step has used the gradients; the next one reduces again."""
-        self._rounds = 0
+        self._had_round = False
         self._epoch += 1
         self._is_reduced = False
         self.is_unscaled = False
 
     def reset(self, set_to_none: bool) -> None:
         """Drop all gradients; or set them to zero. Collective only after a backward pass that did not end."""
-        if self._arrived:
+        if self._progress.arrived:
             self._end_round()  # other ranks may have come further, and wait for this one
         if self._reducer is not None:
             self._reducer.finish()
@@ -372,9 +349,24 @@ class ShardedGradients:
             torch._amp_foreach_non_finite_check_and_unscale_(views, found_inf, inv_scale)
         self._transport.all_reduce(found_inf, dist.ReduceOp.MAX)
 
+    @torch.no_grad()
+    def skips(self, found_inf: Tensor, scale: Tensor | None) -> bool:
+        """What a GradScaler leaves to the step: whether to skip it, and to unscale if it is not None.
 
-def _keys_of(launch: Launch) -> list[Slots]:
-    return [(launch.flat, slot) for slot in sorted(launch.slots)]
+        Raises:
+            RuntimeError: the GradScaler is torch's, and has seen no gradients.
+        """
+        if not self.is_unscaled:
+            raise RuntimeError(
+                "torch.amp.GradScaler does not see sharded gradients: use sharded_radam.GradScaler, with the same "
+                "arguments"
+            )
+        if found_inf.item():
+            self.stepped()
+            return True
+        if scale is not None and (grads := self.own()):
+            torch._foreach_mul_(grads, scale.double().reciprocal().float())
+        return False
 
 
 class _Hook(NamedTuple):

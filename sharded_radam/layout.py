@@ -11,7 +11,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sharded_radam.flat import DTYPES
-from sharded_radam.memory import dim_order
+from sharded_radam.memory import dim_order, flatten, unflatten
 from sharded_radam.plan import ParamSpec, ShardPlan, first_difference, make_plan
 from sharded_radam.transport import Transport
 
@@ -94,3 +94,12 @@ def agree(
             "order, groups, dtypes and memory format, and the same bucket_cap_mb"
         )
     return plan
+
+
+def broadcast_(tensors: Sequence[Tensor], transport: Transport) -> None:
+    """Collective: rank 0's values into tensors of any memory order (modified in place)."""
+    for tensor in tensors:
+        flat = flatten(tensor.detach(), dim_order(tensor)).contiguous()
+        transport.broadcast(flat)
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(unflatten(flat, tensor))

@@ -29,8 +29,8 @@ from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.flat import Flat
 from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
-from sharded_radam.layout import agree, describe
-from sharded_radam.memory import check_device, check_memory, flat_gradient, flatten, unflatten
+from sharded_radam.layout import agree, broadcast_, describe
+from sharded_radam.memory import check_device, check_memory, flat_gradient
 from sharded_radam.overlap import Arrivals
 from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
@@ -200,11 +200,7 @@ class ShardedRAdam(RAdam, Joinable):
         if self._gradients is not None:
             self._gradients.finish()
         if self._broadcasts:
-            for param, spec in zip(params, specs, strict=True):
-                flat = flatten(param.detach(), spec.dim_order).contiguous()
-                self._network.broadcast(flat)
-                if flat.data_ptr() != param.data_ptr():
-                    param.copy_(unflatten(flat, param))
+            broadcast_(params, self._network)
         buffers = [self._network.buffer(flat.numel, plan.params[flat.slots[0].param].dtype) for flat in plan.flats]
         self._build(plan, params, buffers)
         if self._gradients is not None:
@@ -231,11 +227,7 @@ class ShardedRAdam(RAdam, Joinable):
 
         Without DistributedDataParallel nobody else does: call it before validation or saving, if the model has some.
         """
-        for buffer in module.buffers():
-            whole = buffer.detach().contiguous()
-            self._network.broadcast(whole)
-            if whole.data_ptr() != buffer.data_ptr():
-                buffer.copy_(whole)
+        broadcast_(list(module.buffers()), self._network)
 
     def _summary(self) -> str:
         """What the log says of the layout: one line."""
@@ -296,7 +288,8 @@ class ShardedRAdam(RAdam, Joinable):
             Join.notify_join_context(self)
         if self._join_config.enable:
             share_gradients(self.param_groups, self._network, self._joined)
-        if self._gradients is not None and self._overflowed(self._gradients):
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by a GradScaler
+        if self._gradients is not None and found_inf is not None and self._gradients.skips(found_inf, scale):
             return loss
         with torch.no_grad():
             cohorts = self._prepare()
@@ -352,8 +345,7 @@ class ShardedRAdam(RAdam, Joinable):
 
     def _update(self, flat: Flat, bucket: int, cohort: Cohort, grads: dict[int, Tensor]) -> None:
         """Phases 1 and 2: the own pieces of a bucket, with their gradients (grads: flattened on first use)."""
-        operands = []
-        reals = 2 if flat.buffer.is_complex() else 1
+        operands, reals = [], flat.reals
         for own in flat.pieces[bucket]:
             at = own.piece
             if at.slot in cohort.slots:
@@ -408,24 +400,6 @@ class ShardedRAdam(RAdam, Joinable):
     def _step_supports_amp_scaling(self) -> bool:
         # torch.amp.GradScaler then leaves unscaling and skipping to step().
         return self.shards_gradients
-
-    def _overflowed(self, gradients: ShardedGradients) -> bool:
-        """What a GradScaler has left to do here: whether to skip this step, and unscaling."""
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is None:
-            return False
-        if not gradients.is_unscaled:
-            raise RuntimeError(
-                "torch.amp.GradScaler does not see sharded gradients: use sharded_radam.GradScaler, with the same "
-                "arguments"
-            )
-        if found_inf.item():
-            gradients.stepped()
-            return True
-        if scale is not None and (grads := gradients.own()):
-            with torch.no_grad():
-                torch._foreach_mul_(grads, scale.double().reciprocal().float())
-        return False
 
     def unscale_gradients_(self, inv_scale: Tensor, found_inf: Tensor) -> Tensor:
         """Collective, for :class:`sharded_radam.GradScaler`: unscale the shards, agree on infs.

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.transport import make_transport, signals
-from sharded_radam.transport.base import CHUNK_NUMEL, mean_
+from sharded_radam.transport.base import CHUNK_NUMEL, sum_
 from sharded_radam.transport.shared_memory import SLOTS, SharedMemoryTransport
 from tests.ranks import WORLD_SIZES, RankError, run
 
@@ -34,11 +34,12 @@ def values(rank: int, bucket: int, numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def mean(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """In the order of the ranks, in ``dtype``."""
-    total = parts[0].to(dtype)
+    """In the order of the ranks, in ``dtype``; half precision divided last."""
+    first = 1 if parts[0].dtype != dtype else len(parts)
+    total = parts[0].to(dtype) / first
     for part in parts[1:]:
-        total = total + part.to(dtype)
-    return total / len(parts)
+        total = total + part.to(dtype) / first
+    return total / (len(parts) // first)
 
 
 def check_reducers(rank: int, world_size: int) -> None:
@@ -51,7 +52,8 @@ def check_reducers(rank: int, world_size: int) -> None:
             for accumulate in (False, True):
                 outs = [torch.full((numel // world_size,), 2.0, dtype=wide) for numel in sizes]
                 for bucket, numel in enumerate(sizes):
-                    reducer.open(numel, dtype).copy_(values(rank, bucket, numel, dtype))
+                    memory = reducer.open(numel, dtype)
+                    reducer.fill([memory], [values(rank, bucket, numel, dtype)])
                     reducer.close(outs[bucket], accumulate, bucket)
                     if bucket == 4:
                         reducer.finish()
@@ -71,12 +73,12 @@ def test_means_are_summed_in_the_order_of_ranks(world_size: int) -> None:
     run(check_reducers, world_size)
 
 
-def test_mean_of_parts() -> None:
+def test_sum_of_parts() -> None:
     parts = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
     out = torch.zeros(1)
-    mean_(out, parts, accumulate=False)
+    sum_(out, parts, accumulate=False, divisor=3)
     assert out.item() == 0.0  # (1e8 + 1) - 1e8 in fp32; another order gives 1/3
-    mean_(out, [parts[0], parts[2], parts[1]], accumulate=True)
+    sum_(out, [parts[0], parts[2], parts[1]], accumulate=True, divisor=3)
     assert out.item() == torch.tensor(1.0).div(3).item()
 
 
@@ -116,7 +118,7 @@ def check_ring(rank: int, world_size: int) -> None:
     for bucket, out in enumerate(outs):
         if torch.rand((), generator=delays) < 0.2:
             torch.ones(200_000).cumsum(0)
-        reducer.open(64 * world_size, torch.float32).fill_(float(rank + bucket))
+        reducer.fill([reducer.open(64 * world_size, torch.float32)], [torch.full((64 * world_size,), rank + bucket)])
         reducer.close(out, False, bucket % 256)
     reducer.finish()
     for bucket, out in enumerate(outs):

@@ -36,14 +36,20 @@ CHUNK_NUMEL = 2**17
 class Reducer(ABC):
     """Averages buckets of gradients over the ranks; each rank gets its shard of each bucket.
 
-    ``open`` and ``close`` alternate, and every rank calls them for the same buckets in the same order. A bounded number
-    of buckets is under way. Each shard is ``((g0 + g1) + g2 + ...) / world_size``, summed in the order of the ranks
-    (by ``native``: in the backend's), half precision in fp32.
+    ``open``, ``fill`` and ``close`` follow each other; every rank calls them for the same buckets in the same order. A
+    bounded number of buckets is under way. Each shard is ``(g0 / N + g1 / N) + g2 / N + ...`` for N ranks, summed in
+    their order; for half precision ``((g0 + g1) + g2 + ...) / N`` in fp32. ``native`` divides last, too, and sums in
+    the order of the backend.
     """
 
     @abstractmethod
     def open(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """1-D memory to copy a bucket's gradients into, contents undefined; waits until some is free."""
+        """1-D memory for a bucket of gradients, contents undefined; waits until some is free."""
+
+    def fill(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Put gradients into parts of the opened bucket (targets: modified in place)."""
+        if targets:
+            torch._foreach_copy_(list(targets), list(sources))
 
     @abstractmethod
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
@@ -60,9 +66,11 @@ class Reducer(ABC):
         """Return when all that was closed is in its ``out``."""
 
 
-def mean_(out: Tensor, parts: Sequence[Tensor], accumulate: bool) -> None:
-    """Set ``out`` (modified in place) to, or add, the mean of 1-D parts; summed in their order, in ``out``'s dtype."""
-    chunk_numel = CHUNK_NUMEL if out.device.type == "cpu" else max(out.numel(), 1)
+def sum_(out: Tensor, parts: Sequence[Tensor], accumulate: bool, divisor: int = 1) -> None:
+    """Set ``out`` (modified in place) to, or add, the sum of 1-D parts, in their order and ``out``'s dtype, divided."""
+    is_one_operation = len(parts) == 2 and parts[0].dtype == out.dtype and divisor == 1 and not accumulate
+    in_chunks = out.device.type == "cpu" and not is_one_operation
+    chunk_numel = CHUNK_NUMEL if in_chunks else max(out.numel(), 1)
     scratch = out.new_empty(min(chunk_numel, out.numel())) if accumulate else None
     for start in range(0, out.numel(), chunk_numel):
         numel = min(chunk_numel, out.numel() - start)
@@ -75,10 +83,30 @@ def mean_(out: Tensor, parts: Sequence[Tensor], accumulate: bool) -> None:
             torch._foreach_copy_([total], [first])
         for part in others:
             total.add_(part)
-        if len(parts) > 1:
-            total.div_(len(parts))
+        if divisor != 1:
+            total.div_(divisor)
         if scratch is not None:
             target.add_(total)
+
+
+class SummingReducer(Reducer):
+    """Sums on the CPU. What it divides while it copies costs nothing more; half precision would lose digits there."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def fill(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            if self._divides_last(target):
+                target.copy_(source)
+            else:
+                torch.div(source, self.world_size, out=target)
+
+    def _sum(self, out: Tensor, parts: Sequence[Tensor], accumulate: bool) -> None:
+        sum_(out, parts, accumulate, self.world_size if self._divides_last(parts[0]) else 1)
+
+    def _divides_last(self, bucket: Tensor) -> bool:
+        return bucket.dtype in (torch.float16, torch.bfloat16)
 
 
 class Transport(ABC):
@@ -231,7 +259,7 @@ class AloneReducer(Reducer):
         return self._bucket
 
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
-        mean_(out, [self._bucket], accumulate)
+        sum_(out, [self._bucket], accumulate)
 
     def finish(self) -> None:
         pass

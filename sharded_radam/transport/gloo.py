@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_radam.transport.base import Handle, Reducer, Transport, as_bytes, mean_, slot, typed
+from sharded_radam.transport.base import Handle, Reducer, SummingReducer, Transport, as_bytes, slot, typed
 
 _UNDER_WAY = 2
 """Buckets of gradients under way: one travels while the next is filled."""
@@ -51,10 +51,11 @@ class _UnderWay(NamedTuple):
     accumulate: bool
 
 
-class GlooReducer(Reducer):
+class GlooReducer(SummingReducer):
     """Sends each rank its shard of a bucket, and sums what it receives for its own."""
 
     def __init__(self, transport: GlooTransport, buckets: Sequence[tuple[int, torch.dtype]]) -> None:
+        super().__init__(transport.world_size)
         self._transport = transport
         memory = [slot(buckets, transport.device) for _ in range(2 * _UNDER_WAY)]
         self._slots = deque(zip(memory[::2], memory[1::2], strict=True))
@@ -86,4 +87,4 @@ class GlooReducer(Reducer):
         bucket = self._under_way.popleft()
         for handle in bucket.handles:
             handle.wait()
-        mean_(bucket.out, bucket.parts, bucket.accumulate)
+        self._sum(bucket.out, bucket.parts, bucket.accumulate)

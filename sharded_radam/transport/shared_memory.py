@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.transport.base import Handle, Reducer, mean_, slot_bytes, typed
+from sharded_radam.transport.base import Handle, Reducer, SummingReducer, slot_bytes, typed
 from sharded_radam.transport.gloo import GlooTransport
 from sharded_radam.transport.signals import Signals
 
@@ -134,12 +134,13 @@ class _Packed(NamedTuple):
     accumulate: bool
 
 
-class SharedMemoryReducer(Reducer):
+class SharedMemoryReducer(SummingReducer):
     """Each rank sums its shard where the ranks packed their gradients."""
 
     def __init__(self, transport: SharedMemoryTransport, memory: list[Tensor]) -> None:
+        super().__init__(transport.world_size)
         self._signals = transport.signals
-        self._rank, self._world_size = transport.rank, transport.world_size
+        self._rank = transport.rank
         self._memory = [each.chunk(SLOTS) for each in memory]
         self._next = 0
         self._opened: list[Tensor] = []
@@ -152,12 +153,12 @@ class SharedMemoryReducer(Reducer):
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
         self.finish()  # of the bucket before
         number = self._signals.send(_MARKS + mark % (256 - _MARKS))
-        parts = [bucket.chunk(self._world_size)[self._rank] for bucket in self._opened]
+        parts = [bucket.chunk(self.world_size)[self._rank] for bucket in self._opened]
         self._packed = _Packed(number, parts, out, accumulate)
         self._next += 1
 
     def finish(self) -> None:
         if self._packed is not None:
             self._signals.wait(self._packed.number)
-            mean_(self._packed.out, self._packed.parts, self._packed.accumulate)
+            self._sum(self._packed.out, self._packed.parts, self._packed.accumulate)
             self._packed = None
