@@ -1,6 +1,6 @@
 """Plots and Markdown tables of what the benchmarks wrote to scripts/results.
 
-    python scripts/plot.py            # scripts/results/{step,train,memory,checkpoint}.png, tables on stdout
+    python scripts/plot.py    # scripts/results/{step,train,memory,checkpoint}.png; the tables of README.md on stdout
 
 A plot has one panel for each number of ranks and kind of figure, and the command that made it.
 """
@@ -25,10 +25,10 @@ Panel = tuple[str, dict[str, float]]
 
 
 def step_panels(result: dict[str, Any]) -> Iterator[Panel]:
-    for key, title in (("step", "optimizer step"), ("sync_and_step", "gradient synchronisation + step")):
-        for shapes, rows in result.get(key, {}).items():
-            if shapes == "gpt2":
-                yield f"{title}, GPT-2 124M, ms", {name: row["median_ms"] for name, row in rows.items()}
+    for shapes, what in (("gpt2", "GPT-2 124M"), ("small", "500 tensors, 8.1M")):
+        for key, title in (("step", "optimizer step"), ("sync_and_step", "gradient synchronisation + step")):
+            rows = result[key][shapes]
+            yield f"{title}, {what}, ms", {name: row["median_ms"] for name, row in rows.items()}
 
 
 def train_panels(result: dict[str, Any]) -> Iterator[Panel]:
@@ -69,13 +69,13 @@ def plot(kind: str, results: dict[int, dict[str, Any]], folder: Path) -> None:
     for column, (ranks, panels) in enumerate(columns):
         for row, (title, bars) in enumerate(panels):
             axis = axes[row][column]
-            colours = ["C0" if name.startswith("sharded_radam") else "C1" for name in bars]
+            colours = ["C0" if "sharded_radam" in name else "C1" for name in bars]
             drawn = axis.barh(list(bars), list(bars.values()), color=colours)
             axis.bar_label(drawn, fmt="%.4g", padding=3)
             axis.invert_yaxis()
             axis.margins(x=0.15)
             axis.set_title(f"{ranks}: {title}", fontsize=10)
-    machine = next(iter(results.values()))["machine"]
+    machine = list(results.values())[-1]["machine"]
     command = machine.get("command", f"scripts/bench_{kind}.py")
     text = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}\n{command}"
     figure.supxlabel(text, fontsize=8)
@@ -86,7 +86,7 @@ def plot(kind: str, results: dict[int, dict[str, Any]], folder: Path) -> None:
 def table(kind: str, results: dict[int, dict[str, Any]]) -> str:
     """Markdown: a row for each bar, a column for each number of ranks; in brackets the ratio to the first row."""
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for ranks, result in results.items():
+    for ranks, result in reversed(results.items()):  # with more ranks there are more rows
         for title, bars in PANELS[kind](result):
             for name, value in bars.items():
                 found.setdefault(title, {}).setdefault(name, {})[ranks] = value
@@ -97,18 +97,23 @@ def table(kind: str, results: dict[int, dict[str, Any]]) -> str:
         lines += ["|---" * (len(results) + 1) + "|"]
         for name, values in rows.items():
             cells = [
-                f"{values[r]:.3g} ({values[r] / first[r]:.2f} x)" if r in values and r in first else "" for r in results
+                f"{digits(values[r])} ({values[r] / first[r]:.2f} x)" if r in values and r in first else ""
+                for r in results
             ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
+def digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def main() -> None:
     for kind in PANELS:
         results = read(kind, RESULTS)
-        if results:
-            plot(kind, results, RESULTS)
+        plot(kind, results, RESULTS)
+        if kind in ("step", "train"):
             print(table(kind, results))
 
 

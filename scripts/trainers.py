@@ -38,7 +38,7 @@ def have_deepspeed() -> bool:
 def names(world_size: int) -> list[str]:
     """The peers that can run here."""
     if world_size == 1:
-        return [ZERO1, ZERO2, DDP]
+        return [ZERO2, ZERO1, DDP]
     found = [ZERO2, ONE_COPY, ZERO2_GLOO, ZERO1, ZERO, DDP, FSDP]
     if torch.cuda.is_available():
         found = [ZERO2, ZERO1, ZERO, DDP, FSDP]
