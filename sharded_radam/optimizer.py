@@ -51,6 +51,15 @@ class Options:
     check_gradients: bool
 
 
+def _check_engine(fused: bool, foreach: bool, differentiable: bool, shares_more: bool) -> None:
+    if fused and (foreach or differentiable):
+        raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
+    if differentiable and foreach:
+        raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
+    if differentiable and shares_more:
+        raise ValueError("differentiable=True excludes shard_gradients=True and share_parameters=True")
+
+
 class ShardedRAdam(RAdam, Joinable):
     r"""``torch.optim.RAdam`` with its state partitioned over the ranks of a process group (ZeRO stages 1 and 2).
 
@@ -121,16 +130,11 @@ class ShardedRAdam(RAdam, Joinable):
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB above 0")
-        if fused and (foreach or differentiable):
-            raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
-        if differentiable and foreach:
-            raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
-        if differentiable and (shard_gradients or share_parameters):
-            raise ValueError("differentiable=True excludes shard_gradients=True and share_parameters=True")
         if (check_gradients or module is not None) and not shard_gradients:
             raise ValueError("check_gradients=True and module= are for shard_gradients=True")
         if share_parameters and not parameters_as_bucket_view:
             raise ValueError("share_parameters=True excludes parameters_as_bucket_view=False")
+        _check_engine(bool(fused), bool(foreach), differentiable, shard_gradients or share_parameters)
         Joinable.__init__(self)
         as_views = parameters_as_bucket_view and not differentiable
         self._options = Options(fused, bucket_cap_mb, as_views, shard_gradients, check_gradients)

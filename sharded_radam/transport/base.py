@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,31 @@ def sum_(out: Tensor, parts: Sequence[Tensor], accumulate: bool, divisor: int = 
             total.div_(divisor)
         if scratch is not None:
             target.add_(total)
+
+
+UNDER_WAY = 2
+"""Buckets of gradients that a queue has under way: one travels while the next is filled."""
+
+
+class Queue:
+    """What is to be done when communication has ended, in order, and at most ``UNDER_WAY`` of it."""
+
+    def __init__(self) -> None:
+        self._completions: deque[Callable[[], None]] = deque()
+
+    def add(self, completion: Callable[[], None]) -> None:
+        """Put at the end; there must be room."""
+        self._completions.append(completion)
+
+    def make_room(self) -> None:
+        """Complete the first if there is no room for another one."""
+        if len(self._completions) == UNDER_WAY:
+            self._completions.popleft()()
+
+    def finish(self) -> None:
+        """Complete all."""
+        while self._completions:
+            self._completions.popleft()()
 
 
 class SummingReducer(Reducer):

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sharded_radam.transport.base import Handle, Reducer, SummingReducer, Transport, as_bytes, slot, typed
-
-_UNDER_WAY = 2
-"""Buckets of gradients under way: one travels while the next is filled."""
+from sharded_radam.transport.base import (
+    UNDER_WAY,
+    Handle,
+    Queue,
+    Reducer,
+    SummingReducer,
+    Transport,
+    as_bytes,
+    slot,
+    typed,
+)
 
 
 class GlooTransport(Transport):
@@ -44,27 +51,19 @@ class GlooTransport(Transport):
         return GlooReducer(self, buckets)
 
 
-class _UnderWay(NamedTuple):
-    handles: list[Handle]
-    parts: list[Tensor]
-    out: Tensor
-    accumulate: bool
-
-
 class GlooReducer(SummingReducer):
     """Sends each rank its shard of a bucket, and sums what it receives for its own."""
 
     def __init__(self, transport: GlooTransport, buckets: Sequence[tuple[int, torch.dtype]]) -> None:
         super().__init__(transport.world_size)
         self._transport = transport
-        memory = [slot(buckets, transport.device) for _ in range(2 * _UNDER_WAY)]
+        memory = [slot(buckets, transport.device) for _ in range(2 * UNDER_WAY)]
         self._slots = deque(zip(memory[::2], memory[1::2], strict=True))
-        self._under_way: deque[_UnderWay] = deque()
+        self._queue = Queue()
         self._bucket = memory[0]
 
     def open(self, numel: int, dtype: torch.dtype) -> Tensor:
-        if len(self._under_way) == _UNDER_WAY:
-            self._complete()
+        self._queue.make_room()
         self._bucket = typed(self._slots[0][0], numel, dtype)
         return self._bucket
 
@@ -76,15 +75,13 @@ class GlooReducer(SummingReducer):
         # With tags of their own, ranks that do not do the same run into the time-out and not into wrong sums.
         handles = [self._transport._irecv(parts[source], source, mark + 1) for source in self._transport.sources()]
         handles += [self._transport._isend(mine[target], target, mark + 1) for target in self._transport.targets()]
-        self._under_way.append(_UnderWay(handles, parts, out, accumulate))
+        self._queue.add(partial(self._complete, handles, parts, out, accumulate))
         self._slots.rotate(-1)
 
-    def finish(self) -> None:
-        while self._under_way:
-            self._complete()
-
-    def _complete(self) -> None:
-        bucket = self._under_way.popleft()
-        for handle in bucket.handles:
+    def _complete(self, handles: list[Handle], parts: list[Tensor], out: Tensor, accumulate: bool) -> None:
+        for handle in handles:
             handle.wait()
-        self._sum(bucket.out, bucket.parts, bucket.accumulate)
+        self._sum(out, parts, accumulate)
+
+    def finish(self) -> None:
+        self._queue.finish()
