@@ -98,13 +98,13 @@ def main() -> None:
     machine = peers.describe_machine()
     race = Race(options, device)
     times = race.run(options.rounds, options.warmup)
-    done = options.warmup + options.rounds
+    done, losses = options.warmup + options.rounds, dict(race.losses)
     profiles = {name: race.profile(name, done, 5) for name in PROFILED if name in race.trainers}
     result: dict[str, Any] = {"machine": machine, "rounds": options.rounds, "elements": race.numel}
     result["model"] = {key: getattr(options, key) for key in ("layers", "heads", "width", "context", "batch")}
     result["iteration"] = peers.summarise(times, trainers.ZERO2)
     for name, row in result["iteration"].items():
-        row["last_loss"] = race.losses[name]
+        row["last_loss"] = losses[name]
     result["profile"] = profiles
     if is_main:
         print(", ".join(f"{key} {value}" for key, value in machine.items()))
