@@ -318,7 +318,7 @@ class ShardedGradients:
         for index, flat in enumerate(self.flats):
             is_complex = flat.buffer.is_complex()
             total = torch.view_as_complex(self.sums[index].view(-1, 2)) if is_complex else self.sums[index]
-            for at in flat.plan.pieces(flat.rank):
+            for at in (own.piece for pieces in flat.pieces for own in pieces):
                 if (index, at.slot) in self._has_grad:
                     view = total.narrow(0, at.local_start, at.numel)
                     found.append(view if complex_views else as_real(view))

@@ -350,11 +350,12 @@ class ShardedRAdam(RAdam, Joinable):
     def _update(self, flat: Flat, bucket: int, cohort: Cohort, grads: dict[int, Tensor]) -> None:
         """Phases 1 and 2: the own pieces of a bucket, with their gradients (grads: flattened on first use)."""
         operands, reals = [], flat.reals
+        sums = None if self._gradients is None else self._gradients.sum_of(flat)
         for own in flat.pieces[bucket]:
             at = own.piece
             if at.slot in cohort.slots:
-                if self._gradients is not None:
-                    grad = self._gradients.sum_of(flat).narrow(0, reals * at.local_start, reals * at.numel)
+                if sums is not None:
+                    grad = sums.narrow(0, reals * at.local_start, reals * at.numel)
                 else:
                     if at.slot not in grads:
                         grads[at.slot] = flat_gradient(flat.params[at.slot], flat.specs[at.slot])

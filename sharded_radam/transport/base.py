@@ -30,6 +30,9 @@ class Handle:
         self._work, self._tensors = None, ()
 
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+"""Summed in fp32."""
+
 CHUNK_NUMEL = 2**17
 """On CPU, sums are formed over so many elements at a time: 512 KiB of fp32 stay in the cache."""
 
@@ -132,7 +135,7 @@ class SummingReducer(Reducer):
         sum_(out, parts, accumulate, self.world_size if self._divides_last(parts[0]) else 1)
 
     def _divides_last(self, bucket: Tensor) -> bool:
-        return bucket.dtype in (torch.float16, torch.bfloat16)
+        return bucket.dtype in HALF_DTYPES
 
 
 class Transport(ABC):
@@ -235,7 +238,7 @@ class Transport(ABC):
 
     def average(self, tensor: Tensor) -> Tensor:
         """Mean over the ranks, out of place, real or complex; half precision is summed in fp32."""
-        wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.clone()
+        wide = tensor.float() if tensor.dtype in HALF_DTYPES else tensor.clone()
         dist.all_reduce(torch.view_as_real(wide) if wide.is_complex() else wide, group=self.group)
         return (wide / self.world_size).to(tensor.dtype)
 
@@ -265,9 +268,6 @@ class Alone(Transport):
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         return tensor
-
-    def union(self, flags: Sequence[bool]) -> list[bool]:
-        return list(flags)
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
         return AloneReducer(slot(buckets, self.device))

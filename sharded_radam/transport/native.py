@@ -10,7 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.transport.base import UNDER_WAY, Handle, Queue, Reducer, Transport, as_bytes, slot, sum_, typed
+from sharded_radam.transport.base import (
+    HALF_DTYPES,
+    UNDER_WAY,
+    Handle,
+    Queue,
+    Reducer,
+    Transport,
+    as_bytes,
+    slot,
+    sum_,
+    typed,
+)
 
 
 class NativeTransport(Transport):
@@ -33,7 +44,7 @@ class NativeTransport(Transport):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
 class NativeReducer(Reducer):
