@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -94,9 +93,19 @@ class ShardedGradients:
 
     def make_reducer(self) -> Reducer:
         """Collective: the reducer for the buckets of all flats."""
-        sizes = [(flat.reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()) for flat in self.flats]
-        self._reducer = self._transport.reducer(sizes)
+        self._reducer = self._transport.reducer(self._sizes())
         return self._reducer
+
+    def _sizes(self) -> list[tuple[int, torch.dtype]]:
+        return [(flat.reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()) for flat in self.flats]
+
+    def shard_bytes(self) -> int:
+        """Of the sums."""
+        return sum(total.nbytes for total in self.sums)
+
+    def slot_bytes(self) -> int:
+        """Of the buckets that are filled or under way."""
+        return self._reduce.num_slots * self._reduce.slot_bytes(self._sizes())
 
     @property
     def _reduce(self) -> Reducer:
@@ -161,7 +170,7 @@ class ShardedGradients:
         """Pack the gradients of a launch, and begin to reduce them."""
         flat, plan = self.flats[launch.flat], self.flats[launch.flat].plan
         first, stop = plan.bucket_range(launch.bucket)
-        with record_function("sharded_radam::reduce_scatter"):
+        with self._transport.meter.phase("reduce_scatter"):
             bucket = self._reduce.open(flat.reals * (stop - first), flat.buffer.dtype.to_real())
             targets, sources, empty = [], [], []
             for part in self._parts[launch.flat, launch.bucket]:
@@ -177,6 +186,7 @@ class ShardedGradients:
             where = (launch.flat, launch.bucket)
             local_start, local_stop = (flat.reals * at for at in plan.local_range(launch.bucket))
             out = self.sums[launch.flat].narrow(0, local_start, local_stop - local_start)
+            self._transport.count("reduce_scatter", bucket)
             self._reduce.close(out, where in self._filled, (31 * self._epoch + launch.bucket) % 256)
             self._filled.add(where)
 
@@ -222,7 +232,7 @@ class ShardedGradients:
             self._is_reduced = True
             self._follow_arrivals()
             self._listen()
-        with record_function("sharded_radam::reduce_scatter"):
+        with self._transport.meter.phase("reduce_scatter"):
             self._reduce.finish()
         if self._check:
             self._raise_not_finite()

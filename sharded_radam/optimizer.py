@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
@@ -32,6 +31,7 @@ from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import agree, broadcast_, describe
 from sharded_radam.memory import check_device, check_memory, flat_gradient
 from sharded_radam.overlap import Arrivals
+from sharded_radam.overview import Stats, ownership, stats
 from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.steps import Cohort, count_step, set_counts
@@ -162,7 +162,7 @@ class ShardedRAdam(RAdam, Joinable):
         if module is not None:
             self.broadcast_buffers(module)
         if self._transport.rank == 0:
-            logger.info("%s", self._summary())
+            logger.info("%s", self.stats())
 
     def _device(self) -> torch.device:
         return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
@@ -233,19 +233,21 @@ class ShardedRAdam(RAdam, Joinable):
         """
         broadcast_(list(module.buffers()), self._network)
 
-    def _summary(self) -> str:
-        """What the log says of the layout: one line."""
-        num_params = sum(len(flat.params) for flat in self._flats)
-        numel = sum(param.numel() for flat in self._flats for param in flat.params)
-        own_bytes = sum(tensor.nbytes for flat in self._flats for tensor in flat.state.values())
-        replicated_bytes = sum(2 * param.nbytes for flat in self._flats for param in flat.params)
-        engines = sorted({self._engine(flat) for flat in self._flats})
-        return (
-            f"ShardedRAdam: ranks {self._network.world_size}, parameters {num_params} ({numel} elements), "
-            f"buckets {sum(flat.plan.num_buckets for flat in self._flats)}, engine {'+'.join(engines) or 'none'}, "
-            f"transport {self._network.name}, state {own_bytes} bytes per rank, "
-            f"replicated RAdam {replicated_bytes} bytes"
-        )
+    def stats(self) -> Stats:
+        """Figures of this rank since construction: bytes, collectives, time by phase; see :class:`Stats`.
+
+        Not collective. Waits for the device if its phases are timed.
+        """
+        engines = [self._engine(flat) for flat in self._flats]
+        return stats(self._flats, engines, self._gradients, self._network)
+
+    def time_phases(self, enabled: bool = True) -> None:
+        """Whether ``stats()`` has the time of each phase. On CPU it has; elsewhere that takes two events a phase."""
+        self._network.meter.times_phases = enabled
+
+    def describe(self) -> str:
+        """Who owns what, of all ranks: a line for each shard of each bucket. Not collective."""
+        return f"{self.stats()}\n{ownership([(flat.plan, flat.specs) for flat in self._flats])}"
 
     @property
     def _network(self) -> Transport:
@@ -305,6 +307,7 @@ class ShardedRAdam(RAdam, Joinable):
                 self._update_and_gather(cohorts)
         if self._gradients is not None:
             self._gradients.stepped()
+        self._network.meter.steps += 1
         return loss
 
     def _prepare(self) -> list[list[Cohort]]:
@@ -327,17 +330,20 @@ class ShardedRAdam(RAdam, Joinable):
     def _update_and_gather(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
         """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
         handles: dict[tuple[int, int], list[Handle]] = {}
-        self._network.begin_update()
+        meter = self._network.meter
+        with meter.phase("all_gather"):
+            self._network.begin_update()
         for index, (flat, flat_cohorts) in enumerate(zip(self._flats, cohorts, strict=True)):
             grads: dict[int, Tensor] = {}
             for bucket in range(flat.plan.num_buckets):
-                with record_function("sharded_radam::update"):
+                with meter.phase("update"):
                     flat.copy_in(bucket)
                     for cohort in flat_cohorts:
                         self._update(flat, bucket, cohort, grads)
-                with record_function("sharded_radam::all_gather"):
+                with meter.phase("all_gather"):
+                    self._network.count("all_gather", flat.bucket(bucket))
                     handles[index, bucket] = self._network.all_gather(flat.bucket(bucket))
-        with record_function("sharded_radam::all_gather"):
+        with meter.phase("all_gather"):
             self._network.end_update()
             if self._arrivals is not None:
                 self._arrivals.begin(self._flats, handles)

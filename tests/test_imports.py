@@ -14,15 +14,18 @@ PACKAGE = Path(sharded_radam.__file__).parent
 ALLOWED = {
     "plan": set(),
     "radam": set(),
-    "transport.base": set(),
-    "transport.gloo": {"transport.base"},
-    "transport.native": {"transport.base"},
+    "meter": set(),
+    "transport.reducers": set(),
+    "transport.base": {"meter", "transport.reducers"},
+    "transport.gloo": {"transport.base", "transport.reducers"},
+    "transport.native": {"transport.base", "transport.reducers"},
     "transport.signals": set(),
-    "transport.shared_memory": {"transport.base", "transport.gloo", "transport.signals"},
-    "transport": {f"transport.{name}" for name in ("base", "gloo", "native", "shared_memory", "signals")},
+    "transport.shared_memory": {f"transport.{name}" for name in ("base", "gloo", "reducers", "signals")},
+    "transport": {f"transport.{name}" for name in ("base", "gloo", "native", "reducers", "shared_memory", "signals")},
     "schedule": {"plan"},
     "gradients": {"memory", "flat", "schedule", "transport"},
     "overlap": {"flat", "transport"},
+    "overview": {"flat", "gradients", "plan", "transport"},
     "ranges": {"memory"},
     "memory": {"plan"},
     "flat": {"memory", "plan", "ranges"},
@@ -54,7 +57,7 @@ ALLOWED = {
     },
     "optimizer": {
         *("", "plan", "radam", "memory", "flat", "steps", "layout", "state", "differentiable", "join", "transport"),
-        *("gradients", "overlap"),
+        *("gradients", "overlap", "overview"),
         *(f"checkpoint.{name}" for name in ("agreement", "optimizer_part", "saving", "single")),
     },
     "checkpoint.model_part": {f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")},
@@ -70,7 +73,7 @@ ALLOWED = {
     },
     "cli": {"checkpoint.agreement", "checkpoint.index", "checkpoint.tools", "checkpoint.verification"},
     "amp": {"optimizer"},
-    "": {"amp", "optimizer", "checkpoint"},
+    "": {"amp", "optimizer", "checkpoint", "overview"},
 }
 
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.transport import make_transport, signals
-from sharded_radam.transport.base import CHUNK_NUMEL, sum_
+from sharded_radam.transport.reducers import CHUNK_NUMEL, sum_
 from sharded_radam.transport.shared_memory import SLOTS, SharedMemoryTransport
 from tests.ranks import WORLD_SIZES, RankError, run
 

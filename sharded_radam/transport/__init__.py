@@ -10,9 +10,10 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from sharded_radam.transport.base import Alone, Handle, Reducer, Transport
+from sharded_radam.transport.base import Alone, Handle, Transport
 from sharded_radam.transport.gloo import GlooTransport
 from sharded_radam.transport.native import NativeTransport
+from sharded_radam.transport.reducers import Reducer
 from sharded_radam.transport.shared_memory import SharedMemoryTransport
 from sharded_radam.transport.signals import connect
 

@@ -14,17 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sharded_radam.transport.base import (
-    UNDER_WAY,
-    Handle,
-    Queue,
-    Reducer,
-    SummingReducer,
-    Transport,
-    as_bytes,
-    slot,
-    typed,
-)
+from sharded_radam.transport.base import Handle, Transport, as_bytes
+from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, SummingReducer, typed
 
 
 class GlooTransport(Transport):
@@ -54,10 +45,12 @@ class GlooTransport(Transport):
 class GlooReducer(SummingReducer):
     """Sends each rank its shard of a bucket, and sums what it receives for its own."""
 
+    num_slots = 2 * UNDER_WAY
+
     def __init__(self, transport: GlooTransport, buckets: Sequence[tuple[int, torch.dtype]]) -> None:
         super().__init__(transport.world_size)
         self._transport = transport
-        memory = [slot(buckets, transport.device) for _ in range(2 * UNDER_WAY)]
+        memory = [self._slot(buckets, transport.device) for _ in range(self.num_slots)]
         self._slots = deque(zip(memory[::2], memory[1::2], strict=True))
         self._queue = Queue()
         self._bucket = memory[0]

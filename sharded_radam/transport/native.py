@@ -10,18 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.transport.base import (
-    HALF_DTYPES,
-    UNDER_WAY,
-    Handle,
-    Queue,
-    Reducer,
-    Transport,
-    as_bytes,
-    slot,
-    sum_,
-    typed,
-)
+from sharded_radam.transport.base import Handle, Transport, as_bytes
+from sharded_radam.transport.reducers import HALF_DTYPES, UNDER_WAY, Queue, Reducer, sum_, typed
 
 
 class NativeTransport(Transport):
@@ -40,7 +30,7 @@ class NativeTransport(Transport):
         return [Handle(work, output, own)]
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
-        return NativeReducer(self, [(numel, _wide(dtype)) for numel, dtype in buckets])
+        return NativeReducer(self, buckets)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -50,11 +40,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class NativeReducer(Reducer):
     """Half-precision gradients travel as fp32: not every backend sums them, and none in fp32."""
 
+    num_slots = UNDER_WAY
+
     def __init__(self, transport: NativeTransport, buckets: Sequence[tuple[int, torch.dtype]]) -> None:
         self._transport = transport
-        self._slots = deque(slot(buckets, transport.device) for _ in range(UNDER_WAY))
+        self._slots = deque(self._slot(buckets, transport.device) for _ in range(self.num_slots))
         self._queue = Queue()
         self._bucket = self._slots[0]
+
+    @staticmethod
+    def slot_bytes(buckets: Sequence[tuple[int, torch.dtype]]) -> int:
+        return Reducer.slot_bytes([(numel, _wide(dtype)) for numel, dtype in buckets])
 
     def open(self, numel: int, dtype: torch.dtype) -> Tensor:
         self._queue.make_room()

@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.transport.base import Handle, Reducer, SummingReducer, slot_bytes, typed
+from sharded_radam.transport.base import Handle
 from sharded_radam.transport.gloo import GlooTransport
+from sharded_radam.transport.reducers import Reducer, SummingReducer, typed
 from sharded_radam.transport.signals import Signals
 
 SLOTS = 3
@@ -94,6 +95,12 @@ class SharedMemoryTransport(GlooTransport):
             os.close(descriptor)
         return [mapped[rank if owner is None else owner] for rank in range(self.world_size)]
 
+    def count(self, kind: str, bucket: Tensor) -> None:
+        if kind == "all_gather" and self.share_parameters:
+            self.meter.count(kind, 0)
+        else:
+            super().count(kind, bucket)
+
     def begin_update(self) -> None:
         self._to_read.clear()
         if self.share_parameters:  # all ranks have used the parameters
@@ -119,7 +126,7 @@ class SharedMemoryTransport(GlooTransport):
         self._to_read.clear()
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
-        return SharedMemoryReducer(self, self.map(max(1, SLOTS * slot_bytes(buckets))))
+        return SharedMemoryReducer(self, self.map(max(1, SLOTS * Reducer.slot_bytes(buckets))))
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -136,6 +143,8 @@ class _Packed(NamedTuple):
 
 class SharedMemoryReducer(SummingReducer):
     """Each rank sums its shard where the ranks packed their gradients."""
+
+    num_slots = SLOTS
 
     def __init__(self, transport: SharedMemoryTransport, memory: list[Tensor]) -> None:
         super().__init__(transport.world_size)
