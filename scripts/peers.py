@@ -46,6 +46,7 @@ SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 
 OURS, FLOOR, DDP, ZERO = "sharded_radam", "sharded_radam, no communication", "DDP + RAdam", "ZeroRedundancyOptimizer"
 OURS_GLOO, OURS_SHARED = "sharded_radam, transport gloo", "sharded_radam, share_parameters"
+OURS_SHARDED = "sharded_radam, shard_gradients"
 
 
 def names(world_size: int, device: torch.device) -> list[str]:
@@ -78,6 +79,8 @@ def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if peer in (OURS_GLOO, OURS_SHARED):
         transport, share = ("gloo", False) if peer == OURS_GLOO else (None, True)
         return ShardedRAdam(params, lr=LR, transport=transport, share_parameters=share)
+    if peer == OURS_SHARDED:
+        return ShardedRAdam(params, lr=LR, shard_gradients=True)
     if peer == DDP:
         return torch.optim.RAdam(params, lr=LR, foreach=True)
     return ZeroRedundancyOptimizer(params, torch.optim.RAdam, parameters_as_bucket_view=True, lr=LR, foreach=True)

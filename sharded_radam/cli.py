@@ -1,22 +1,16 @@
-"""The command line: ``sharded-radam checkpoint inspect|verify|consolidate|import|diff``.
+"""The command line: ``sharded-radam checkpoint|plan|doctor``.
 
-Exit status 0: done, and for ``diff`` no difference; 1: damage, differences, or an error; 2: wrong arguments.
+Exit status 0: done, and for ``checkpoint diff`` no difference; 1: damage, differences, or an error; 2: wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 from sharded_radam.checkpoint.agreement import CheckpointError
-from sharded_radam.checkpoint.index import Index, read_index
-from sharded_radam.checkpoint.tools import consolidate, differences, import_file, summary
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.commands import checkpoint, plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,112 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sharded-radam", description="Tools for ShardedRAdam.")
     topics = parser.add_subparsers(required=True, metavar="TOPIC")
-    commands = topics.add_parser("checkpoint", help="look at and convert checkpoint directories").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-
-    def command(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.add_argument("--json", action="store_true", help="print JSON")
-        made.set_defaults(run=run)
-        return made
-
-    for name, run, text in (
-        ("inspect", _inspect, "show what a checkpoint has: names, shapes, dtypes, bytes, step, world size"),
-        ("verify", _verify, "read all of a checkpoint; check its checksums, and that nothing is missing"),
-    ):
-        command(name, run, text).add_argument("path", type=Path)
-    made = command("consolidate", _consolidate, "write the optimizer as one file for torch.optim.RAdam")
-    made.add_argument("path", type=Path)
-    made.add_argument("output", type=Path, help="file to write, for torch.load and load_state_dict")
-    made.add_argument("--prefix", help="key of the optimizer, where a checkpoint has several")
-    made = command("import", _import, "make a checkpoint of a file with a RAdam or ZeroRedundancyOptimizer state")
-    made.add_argument("source", type=Path, help="file that torch.save made")
-    made.add_argument("output", type=Path, help="directory to make")
-    made.add_argument("--names", type=Path, help="text file with the parameters' names, one a line, in their order")
-    made = command("diff", _diff, "compare two checkpoints, bit by bit")
-    made.add_argument("path", type=Path)
-    made.add_argument("other", type=Path)
+    for topic in (checkpoint, plan):
+        topic.add_to(topics)
     return parser
-
-
-@contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda num_bytes: None
-        return
-    with tqdm(total=total, unit="B", unit_scale=True, disable=True if quiet else None) as bar:
-        yield bar.update
-
-
-def _open(path: Path) -> Index:
-    index = read_index(path)
-    index.check_files()
-    return index
-
-
-def _num_bytes(*indices: Index) -> int:
-    return sum(summary(index)["bytes"] for index in indices)
-
-
-def _print(options: Any, result: dict[str, Any], text: str) -> None:
-    print(json.dumps(result) if options.json else text)
-
-
-def _inspect(options: Any) -> int:
-    found = summary(read_index(options.path))
-    saved_at = f"world size {found['world_size']}" if found["world_size"] else "torch.distributed.checkpoint"
-    checksums = "with checksums" if found["checksums"] else "without checksums"
-    size = f"{found['bytes'] / 1e6:.1f} MB in {found['files']} files"
-    lines = [f"{found['path']}: step {found['step']}, saved at {saved_at}, torch {found['torch']}, {size}, {checksums}"]
-    width = max((len(tensor["name"]) for tensor in found["tensors"]), default=4)
-    lines.append(f"{'name':{width}}  {'dtype':10} {'bytes':>14} {'chunks':>6}  shape")
-    lines += [
-        f"{t['name']:{width}}  {t['dtype']:10} {t['bytes']:14} {t['chunks']:6}  {tuple(t['shape'])}"
-        for t in found["tensors"]
-    ]
-    lines += [f"{name:{width}}  value" for name in found["values"]]
-    _print(options, found, "\n".join(lines))
-    return 0
-
-
-def _verify(options: Any) -> int:
-    index = _open(options.path)
-    num_bytes = _num_bytes(index)
-    with _progress(num_bytes, options.json) as progress:
-        verify(index, progress)
-    result = {"path": str(options.path), "bytes": num_bytes, "checksums": index.manifest is not None, "ok": True}
-    how = "all checksums are right" if index.manifest else "it has no checksums, and all of it can be read"
-    _print(options, result, f"{options.path}: {num_bytes / 1e6:.1f} MB, complete; {how}")
-    return 0
-
-
-def _consolidate(options: Any) -> int:
-    index = _open(options.path)
-    with _progress(_num_bytes(index), options.json) as progress:
-        result = consolidate(index, options.output, options.prefix, progress)
-    text = f"{options.output}: {result['parameters']} parameters, {result['bytes'] / 1e6:.1f} MB"
-    _print(options, {"path": str(options.output), **result}, text)
-    return 0
-
-
-def _import(options: Any) -> int:
-    names = options.names.read_text().split() if options.names else None
-    report = import_file(options.source, options.output, names)
-    result = {"path": str(options.output), "bytes": report.num_bytes}
-    _print(options, result, f"{options.output}: {report.num_bytes / 1e6:.1f} MB")
-    return 0
-
-
-def _diff(options: Any) -> int:
-    one, other = _open(options.path), _open(options.other)
-    with _progress(_num_bytes(one, other), options.json) as progress:
-        lines = differences(one, other, progress)
-    _print(options, {"differences": lines}, "\n".join(lines) or "no difference")
-    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -157,12 +157,15 @@ class ShardedRAdam(RAdam, Joinable):
             capturable=capturable,
             differentiable=differentiable,
         )
-        self._transport = make_transport(process_group, self._device(), transport, share_parameters)
+        self._transport = self._connect(process_group, transport, share_parameters)
         self._adopt(self.param_groups)
         if module is not None:
             self.broadcast_buffers(module)
         if self._transport.rank == 0:
             logger.info("%s", self.stats())
+
+    def _connect(self, group: dist.ProcessGroup | None, name: str | None, share_parameters: bool) -> Transport:
+        return make_transport(group, self._device(), name, share_parameters)
 
     def _device(self) -> torch.device:
         return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))

@@ -11,17 +11,25 @@ import torch
 import torch.distributed as dist
 
 from sharded_radam.transport.base import Alone, Handle, Transport
-from sharded_radam.transport.gloo import GlooTransport
-from sharded_radam.transport.native import NativeTransport
-from sharded_radam.transport.reducers import Reducer
-from sharded_radam.transport.shared_memory import SharedMemoryTransport
+from sharded_radam.transport.gloo import GlooReducer, GlooTransport
+from sharded_radam.transport.native import NativeReducer, NativeTransport
+from sharded_radam.transport.reducers import AloneReducer, Reducer
+from sharded_radam.transport.shared_memory import SharedMemoryReducer, SharedMemoryTransport
 from sharded_radam.transport.signals import connect
 
-__all__ = ["Alone", "Handle", "Reducer", "Transport", "make_transport"]
+__all__ = ["REDUCERS", "Alone", "Handle", "NativeTransport", "Reducer", "Transport", "make_transport"]
 
 logger = logging.getLogger("sharded_radam")
 
 NAMES = ("gloo", "native", "shared_memory")
+
+REDUCERS: dict[str, type[Reducer]] = {
+    "none": AloneReducer,
+    "native": NativeReducer,
+    "gloo": GlooReducer,
+    "shared_memory": SharedMemoryReducer,
+}
+"""By the name of their transport."""
 
 
 def make_transport(

@@ -1,0 +1,7 @@
+"""``python -m sharded_radam``: the command line, for torchrun."""
+
+import sys
+
+from sharded_radam.cli import main
+
+sys.exit(main())
