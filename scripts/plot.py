@@ -38,7 +38,12 @@ def train_panels(result: dict[str, Any]) -> Iterator[Panel]:
 
 def memory_panels(result: dict[str, Any]) -> Iterator[Panel]:
     rows = result["memory"]["gpt2"]["peers"]
-    yield "optimizer state per rank, GPT-2 124M, MiB", {n: row["state_bytes"] / 2**20 for n, row in rows.items()}
+    for key, title in (
+        ("state_bytes", "optimizer state of a rank"),
+        ("all_pss", "all a rank has between two steps"),
+        ("planned_bytes", "the same by sharded-radam plan"),
+    ):
+        yield f"{title}, GPT-2 124M, MiB", {name: row[key] / 2**20 for name, row in rows.items()}
 
 
 def checkpoint_panels(result: dict[str, Any]) -> Iterator[Panel]:
@@ -113,7 +118,7 @@ def main() -> None:
     for kind in PANELS:
         results = read(kind, RESULTS)
         plot(kind, results, RESULTS)
-        if kind in ("step", "train"):
+        if kind in ("step", "train", "memory"):
             print(table(kind, results))
 
 

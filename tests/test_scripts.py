@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from sharded_radam.plan import ParamSpec
+from sharded_radam.planning.estimate import OURS as OURS_DDP
+from sharded_radam.planning.estimate import OURS_SHARDED, estimates
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +79,7 @@ def test_plots_and_tables(tmp_path: Path) -> None:
     )
     assert {path.stem for path in tmp_path.glob("*.png")} == {"step", "train", "memory", "checkpoint"}
     tables = done.stdout.strip().split("\n\n")
-    assert len(tables) == 5
+    assert len(tables) == 8
     readme = (ROOT / "README.md").read_text()
     assert [table for table in tables if table not in readme] == []
 
@@ -88,6 +93,30 @@ def test_bench_memory(tmp_path: Path) -> None:
     assert peers["DDP + RAdam"]["state_bytes"] == 8 * numel
     assert 8 * numel / 2 <= peers["sharded_radam"]["state_bytes"] < 8 * numel / 2 * 1.01
     assert peers["sharded_radam"]["state_bytes"] < 0.6 * peers["DDP + RAdam"]["state_bytes"]
+
+
+def check_plan(figures: dict[str, Any], ranks: int, numel: int) -> None:
+    """Within 1 % of what a rank's process grows by, the plan being that of now."""
+    params = [ParamSpec("all", (numel,), (0,), torch.float32, "cpu", 0)]
+    planned = {row.optimizer: row.memory.steady for row in estimates(params, ranks, transport="shared_memory")}
+    peers = figures["peers"]
+    for name, row in peers.items():
+        assert row["all_pss"] == pytest.approx(row["planned_bytes"], rel=0.01), name
+    for name, ours in (("sharded_radam", OURS_DDP), ("sharded_radam, shard_gradients", OURS_SHARDED)):
+        assert peers[name]["all_pss"] == pytest.approx(planned[ours], rel=0.01)
+
+
+def test_the_plan_is_what_processes_take(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    run(3, "bench_memory.py", "--shapes", "gpt2", "--json", str(file))
+    check_plan(json.loads(file.read_text())["memory"]["gpt2"], 3, 124_439_808)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_plan_is_what_was_measured(ranks: int) -> None:
+    """Of GPT-2, in scripts/results."""
+    figures = json.loads((ROOT / "scripts" / "results" / f"memory_{ranks}_ranks.json").read_text())["memory"]["gpt2"]
+    check_plan(figures, ranks, 124_439_808)
 
 
 def test_bench_checkpoint(tmp_path: Path) -> None:
