@@ -165,6 +165,7 @@ def in_own_process(peer: str, shapes: list[tuple[int, ...]], store: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(peers.SHAPES), default=["gpt2"])
+    parser.add_argument("--peers", nargs="+", choices=list(PLANNED), default=list(PLANNED))
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
     peers.start()
@@ -177,7 +178,7 @@ def main() -> None:
         shapes = peers.SHAPES[name]()
         numel = sum(torch.Size(shape).numel() for shape in shapes)
         rows = {}
-        for number, peer in enumerate(PLANNED):
+        for number, peer in enumerate(arguments.peers):
             store = f"{os.environ.get('TMPDIR', '/tmp')}/bench_memory_{os.getppid()}_{name}_{number}"
             figures = in_own_process(peer, shapes, store)
             largest: list[dict[str, int]] = [{}] * dist.get_world_size()
