@@ -10,6 +10,9 @@ sequences: ``--batch`` is that of all ranks together, so that a run can resume a
 
 Checkpoints are directories below ``--save``, written in the background, each rank its own part. ``--consolidated`` has
 one file instead, which every optimizer here, and plain torch.optim.RAdam, can load.
+
+On SIGTERM or SIGUSR1 to any rank, all ranks finish the step, save together, and end with status 75: there is more to
+do. With ``--auto-resume`` the next start goes on from there, or from whatever was saved last, at any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,25 +20,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
+import resource
+import signal
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
+
+STOPPED = 75
+"""Exit status of a run that was asked to stop before its last step; EX_TEMPFAIL of sysexits.h."""
 
 TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".json", ".html", ".tex"}
 
@@ -157,6 +167,16 @@ def start() -> tuple[torch.device, int, int]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if (
+        os.environ["RANK"] == "0"
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    ):
+        print(
+            "warning: when torchrun restarts workers, they may read in its store what those before them wrote "
+            "(https://github.com/pytorch/pytorch/issues/135712): start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            file=sys.stderr,
+        )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()
 
@@ -173,19 +193,21 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
         return ShardedRAdam(groups, shard_gradients=True, module=model, **options)
     if name == "radam":
         return torch.optim.RAdam(groups, foreach=True, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
     return ZeroRedundancyOptimizer(groups, torch.optim.RAdam, parameters_as_bucket_view=True, foreach=True, **options)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of optimizer state on this rank."""
-    local = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    local = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer has a RAdam of its own parameters
     tensors = (t for state in local.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim())
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def save_file(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Collective: one file, written by rank 0, that any number of ranks can load; whole or not at all."""
-    if isinstance(optimizer, (ShardedRAdam, ZeroRedundancyOptimizer)):
+    if not isinstance(optimizer, torch.optim.RAdam) or isinstance(optimizer, ShardedRAdam):
         optimizer.consolidate_state_dict(to=0)
     failure: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -218,6 +240,82 @@ def load_file(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return int(content["step"])
 
 
+# What a scheduler or a person wants to know, and to say
+
+
+class StopSignal:
+    """Whether this rank was asked to stop. Nothing is done at once: other ranks may be in the middle of a step.
+
+    After an error the signals mean again what they meant before, so that torchrun can end a rank that waits for one
+    that is gone.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> StopSignal:
+        self._set(self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._set(signal.SIG_DFL)
+            if self.came:
+                traceback.print_exception(kind, error, at)
+                signal.raise_signal(signal.SIGTERM)
+
+    def ignore(self) -> None:
+        """From now on: this rank is about to end by itself, and torchrun tells it to as soon as another one has."""
+        self._set(signal.SIG_IGN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+
+    def _set(self, action: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, action)
+
+
+class Metrics:
+    """One JSON line a record, and the same for TensorBoard."""
+
+    def __init__(self, file: Path | None, tensorboard: Path | None) -> None:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a") if file is not None else None
+        self._writer: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise SystemExit("--tensorboard needs tensorboard: pip install 'sharded_radam[tensorboard]'") from error
+            self._writer = SummaryWriter(str(tensorboard))
+
+    def write(self, step: int, **record: Any) -> None:
+        """Add a record of a step."""
+        if self._file is not None:
+            print(json.dumps({"step": step, **record}), file=self._file, flush=True)
+        if self._writer is not None:
+            for name, value in record.items():
+                values = value if isinstance(value, dict) else {"": value}
+                for key, scalar in values.items():
+                    if isinstance(scalar, (int, float)):
+                        self._writer.add_scalar(f"{name}/{key}" if key else name, scalar, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this rank has had: of the GPU, otherwise of its process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 # Training
 
 
@@ -234,6 +332,8 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.stop = StopSignal()
+        self.is_stopping = False
         self.device, self.rank, self.world_size = start()
         if options.batch % (self.world_size * options.accumulate):
             raise SystemExit(
@@ -247,7 +347,9 @@ class Trainer:
         self.net, self.model = model, self.wrap(model)
         self.optimizer = make_optimizer(options.optimizer, model, options.lr, options.weight_decay)
         self.manager = CheckpointManager(options.save, keep=options.keep) if self.saves_directories() else None
-        self.first_step = self.resume(model) if options.resume else 0
+        if isinstance(self.optimizer, ShardedRAdam) and (options.metrics or options.tensorboard):
+            self.optimizer.time_phases()
+        self.first_step = self.resume(model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """With sharded gradients the optimizer averages them itself."""
@@ -272,13 +374,21 @@ class Trainer:
         return self.options.save is not None and not self.options.consolidated
 
     def resume(self, model: nn.Module) -> int:
-        """Load the latest checkpoint below ``--resume``, or that file; returns the step to go on from."""
+        """Load the latest checkpoint below a folder, or that file; returns the step to go on from."""
+        source = self.options.save if self.options.auto_resume else self.options.resume
+        if source is None:
+            return 0
         if self.options.consolidated:
-            return load_file(self.options.resume, model, self.optimizer)
-        with CheckpointManager(self.options.resume) as manager:
+            exists = [source.exists()]
+            dist.broadcast_object_list(exists, src=0)
+            missing_is_fine = self.options.auto_resume and not exists[0]
+            return 0 if missing_is_fine else load_file(source, model, self.optimizer)
+        with CheckpointManager(source) as manager:
             restored = manager.load_latest(model=model, optimizer=self.optimizer)
         if restored is None:
-            raise SystemExit(f"there is no checkpoint in {self.options.resume}")
+            if self.options.auto_resume:
+                return 0
+            raise SystemExit(f"there is no checkpoint in {source}")
         if self.rank == 0:
             print(f"resumed: {restored.optimizer}", flush=True)
         return restored.step
@@ -298,11 +408,21 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def mean(self, value: float) -> float:
-        """Mean over the ranks."""
-        total = torch.tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32).to(self.device)
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the ranks."""
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        total = torch.tensor(values, dtype=dtype).to(self.device)
         dist.all_reduce(total)
-        return total.item() / self.world_size
+        found: list[float] = total.tolist()
+        return found
+
+    def memory(self) -> list[float]:
+        """The most memory that each rank has had, in bytes."""
+        return self.sum(*(peak_bytes(self.device) * (rank == self.rank) for rank in range(self.world_size)))
+
+    def phases(self) -> dict[str, float]:
+        """Milliseconds of the optimizer's phases on this rank, since the run began."""
+        return self.optimizer.stats().milliseconds if isinstance(self.optimizer, ShardedRAdam) else {}
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -316,8 +436,9 @@ class Trainer:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def step(self, step: int) -> dict[str, float]:
-        """One optimization step; figures are means over the ranks."""
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimization step; figures are means over the ranks, phases those of this one."""
+        before = self.phases()
         begin = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.options)
@@ -338,39 +459,49 @@ class Trainer:
         self.optimizer.step()
         self.synchronize()
         end = time.perf_counter()
+        phases = self.phases()
+        loss, optimizer_ms, stops = self.sum(loss_sum.item(), (end - stepping) * 1e3, self.stop.came)
+        self.is_stopping = stops > 0  # on all ranks at the same step
         return {
-            "loss": self.mean(loss_sum.item()),
+            "loss": loss / self.world_size,
             "grad_norm": float(norm),
             "lr": learning_rate(step, self.options),
-            "optimizer_ms": self.mean((end - stepping) * 1e3),
+            "optimizer_ms": optimizer_ms / self.world_size,
+            "phases_ms": {name: phases[name] - before.get(name, 0.0) for name in phases},
             "tokens_per_s": self.options.batch * self.options.context / (end - begin),
         }
 
-    def train(self) -> None:
-        """All steps, with metrics, validation and saving."""
-        options, is_main = self.options, self.rank == 0
-        log = options.metrics.open("a") if is_main and options.metrics else None
-        last = options.steps
-
-        def write(**record: Any) -> None:
-            if log:
-                print(json.dumps(record), file=log, flush=True)
-
-        def validate(step: int) -> None:
-            loss = self.validation_loss()
-            write(step=step, validation_loss=loss)
-            if is_main:
-                tqdm.write(f"step {step}: validation loss {loss:.4f} nats per byte", file=sys.stderr)
-
+    def train(self) -> int:
+        """All steps, with metrics, validation and saving; returns the exit status."""
+        is_main = self.rank == 0
+        metrics = Metrics(self.options.metrics, self.options.tensorboard) if is_main else Metrics(None, None)
         if is_main:
-            numel = sum(param.numel() for param in self.model.parameters())
-            print(
-                f"{numel / 1e6:.2f}M parameters, {len(self.text.training) / 1e6:.2f}M bytes of text, "
-                f"{self.world_size} ranks on {self.device.type}, optimizer {options.optimizer}, "
-                f"state {state_bytes(self.optimizer) / 1e6:.2f} MB per rank",
-                flush=True,
+            print(self.describe(), flush=True)
+        with self.stop:
+            last = self.train_steps(metrics)
+            metrics.write(
+                last,
+                ranks=self.world_size,
+                optimizer=self.options.optimizer,
+                state_bytes=state_bytes(self.optimizer),
+                replicated_bytes=sum(2 * param.nbytes for param in self.model.parameters()),
             )
-        validate(self.first_step)
+            metrics.close()
+            self.finish()
+        return STOPPED if self.is_stopping else 0
+
+    def describe(self) -> str:
+        numel = sum(param.numel() for param in self.model.parameters())
+        return (
+            f"{numel / 1e6:.2f}M parameters, {len(self.text.training) / 1e6:.2f}M bytes of text, "
+            f"{self.world_size} ranks on {self.device.type}, optimizer {self.options.optimizer}, "
+            f"state {state_bytes(self.optimizer) / 1e6:.2f} MB per rank"
+        )
+
+    def train_steps(self, metrics: Metrics) -> int:
+        """Returns the number of the step after which it ended: the last one, or the one after which all were asked."""
+        options, is_main, last = self.options, self.rank == 0, self.options.steps
+        self.validate(self.first_step, metrics)
         bar = tqdm(
             range(self.first_step, last), initial=self.first_step, total=last, disable=not is_main, mininterval=1
         )
@@ -381,21 +512,25 @@ class Trainer:
                 f"optimizer {figures['optimizer_ms']:.1f} ms",
                 refresh=False,
             )
-            write(step=step + 1, **figures)
-            if (step + 1) % options.validate_every == 0 or step + 1 == last:
-                validate(step + 1)
-            if options.save and ((step + 1) % options.save_every == 0 or step + 1 == last):
+            metrics.write(step + 1, **figures)
+            is_last = step + 1 == last
+            self.is_stopping = self.is_stopping and not is_last
+            if (step + 1) % options.validate_every == 0 or is_last:
+                self.validate(step + 1, metrics)
+            if options.save and ((step + 1) % options.save_every == 0 or is_last or self.is_stopping):
                 self.save(step + 1)
-        write(
-            step=last,
-            ranks=self.world_size,
-            optimizer=options.optimizer,
-            state_bytes=state_bytes(self.optimizer),
-            replicated_bytes=sum(2 * param.nbytes for param in self.model.parameters()),
-        )
-        if log:
-            log.close()
-        self.finish()
+            if self.is_stopping:
+                if is_main:
+                    what = "saving" if options.save else "nothing is saved without --save"
+                    tqdm.write(f"asked to stop after step {step + 1}: {what}", file=sys.stderr)
+                return step + 1
+        return last
+
+    def validate(self, step: int, metrics: Metrics) -> None:
+        loss, memory = self.validation_loss(), self.memory()
+        metrics.write(step, validation_loss=loss, ranks=self.world_size, memory_bytes=dict(enumerate(memory)))
+        if self.rank == 0:
+            tqdm.write(f"step {step}: validation loss {loss:.4f} nats per byte", file=sys.stderr)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, then leave the process group together."""
@@ -403,6 +538,7 @@ class Trainer:
             self.manager.close()
             if self.rank == 0 and self.manager.last_report:
                 print(f"saved {self.manager.last_report}", flush=True)
+        self.stop.ignore()
         # DDP keeps the group alive: freed by a rank after its peers are gone, Gloo sometimes never returns.
         del self.model, self.net, self.optimizer
         dist.barrier()
@@ -436,11 +572,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=1000)
     add("--keep", type=int, default=3, help="number of checkpoints to keep")
     add("--resume", type=Path, help="folder of whose latest checkpoint to go on, saved at any number of ranks")
+    add("--auto-resume", action="store_true", help="go on from the latest checkpoint of --save, if there is one")
     add("--consolidated", action="store_true", help="--save and --resume are single files, for any optimizer")
-    add("--metrics", type=Path, help="append one JSON line a step to this file")
+    add("--metrics", type=Path, help="append one JSON line a step to this file; scripts/report.py draws it")
+    add("--tensorboard", type=Path, help="folder for the same in TensorBoard's format")
+    add("--verbose", action="store_true", help="log the layout, the transport and saves")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.schedule_steps = options.schedule_steps or options.steps
+    if options.auto_resume and (options.save is None or options.resume is not None):
+        parser.error("--auto-resume goes on from --save, and excludes --resume")
     if not options.optimizer.startswith("sharded") and (options.save or options.resume) and not options.consolidated:
         parser.error(f"--optimizer {options.optimizer} saves and resumes with --consolidated only")
     return options
@@ -448,6 +589,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        Trainer(parse()).train()
+        options = parse()
+        logging.basicConfig(level="INFO" if options.verbose else "WARNING")
+        sys.exit(Trainer(options).train())
     except CheckpointError as error:  # on every rank the same
         raise SystemExit(str(error)) from error

@@ -1,0 +1,264 @@
+"""Starting, stopping and restarting, as schedulers do it: real torchrun, real signals, network namespaces as hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sharded_radam.checkpoint.directory import committed_steps
+from sharded_radam.checkpoint.index import read_index
+from sharded_radam.checkpoint.verification import verify
+from tests.test_train import ROOT, SMALL, environment, metrics, train, wait_for
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+STOPPED = 75
+pytestmark = pytest.mark.timeout(200)
+
+
+@contextlib.contextmanager
+def started(log: Path, *command: object, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with its output in a file; it and its children are gone afterwards."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [*map(str, command)], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, **options
+        )
+        try:
+            yield process
+        finally:
+            kill_all(process)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """As if the machine of a launcher lost its power."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def workers(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
+    """Ranks -> their processes."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return {int(p.environ()["RANK"]): p for p in children if "launch/train.py" in p.cmdline()}
+
+
+def flags(folder: Path, steps: int, **more: object) -> list[object]:
+    extra = [text for name, value in more.items() for text in (f"--{name.replace('_', '-')}", value)]
+    save = ["--save", folder / "checkpoints", "--auto-resume", "--metrics", folder / "metrics.jsonl"]
+    return ["launch/train.py", *SMALL, "--steps", steps, "--schedule-steps", 20, *save, *extra]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Of each step, as it was computed last."""
+    return {record["step"]: record["loss"] for record in metrics(folder / "metrics.jsonl") if "loss" in record}
+
+
+def wait(condition: Callable[[], object], log: Path, seconds: float = 60) -> None:
+    try:
+        wait_for(condition, seconds)
+    except AssertionError:
+        raise AssertionError(log.read_text()) from None
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of 60 steps, of one rank that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(1, "--steps", 60, "--metrics", folder / "metrics.jsonl")
+    return losses(folder)
+
+
+def check_continued(folder: Path, uninterrupted: dict[int, float]) -> None:
+    """All steps are there, and the losses of the first 60 are those of a run without interruption."""
+    found = losses(folder)
+    last = max(found)
+    assert sorted(found) == list(range(1, last + 1))
+    for step in range(1, min(last, 60) + 1):
+        assert found[step] == pytest.approx(uninterrupted[step], rel=1e-3)
+    assert committed_steps(folder / "checkpoints")[-1] == last
+    verify(read_index(folder / "checkpoints" / f"step_{last}"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "victim", "number"), [(2, "1", "SIGTERM"), (3, "0", "SIGUSR1"), (2, "all", "SIGTERM")]
+)
+def test_asked_to_stop_all_ranks_save_the_same_step(
+    tmp_path: Path, uninterrupted: dict[int, float], ranks: int, victim: str, number: str
+) -> None:
+    """One rank is asked, or torchrun, as a scheduler does it, which asks all; they go on at another world size."""
+    log = tmp_path / "log"
+    command = (*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", *flags(tmp_path, 10**6, save_every=10**6))
+    with started(log, *command) as launcher:
+        wait(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3, log)
+        if victim == "all":
+            launcher.send_signal(signal.Signals[number])
+        else:
+            workers(launcher)[int(victim)].send_signal(signal.Signals[number])
+        assert launcher.wait(timeout=60) != 0
+    text = log.read_text()
+    stopped_at = max(losses(tmp_path))
+    assert f"asked to stop after step {stopped_at}: saving" in text
+    assert committed_steps(tmp_path / "checkpoints") == [stopped_at]
+    if victim != "all":
+        assert f"exitcode  : {STOPPED}" in text  # torchrun reports who was first
+        assert "exitcode  : -" not in text
+    more = max(stopped_at + 3, 20)
+    train(5 - ranks, *flags(tmp_path, more)[1:])
+    check_continued(tmp_path, uninterrupted)
+
+
+def test_alone_the_exit_status_says_that_there_is_more_to_do(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(log, sys.executable, *flags(tmp_path, 10**6)) as process:
+        wait(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == STOPPED
+    stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
+    with started(log, sys.executable, *flags(tmp_path, stopped_at + 2)) as process:
+        assert process.wait(timeout=60) == 0
+    with started(log, sys.executable, *flags(tmp_path, stopped_at + 2)) as process:  # nothing is left to do
+        assert process.wait(timeout=60) == 0
+    assert max(losses(tmp_path)) == stopped_at + 2
+
+
+@pytest.fixture
+def store_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it workers that are restarted find in torchrun's own store what those before them wrote (torch 2.13)."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
+@pytest.mark.usefixtures("store_of_workers")
+def test_a_worker_that_is_killed_comes_back(tmp_path: Path, uninterrupted: dict[int, float]) -> None:
+    """kill -9: torchrun starts all workers again, and they go on from the last checkpoint by themselves.
+
+    The other rank may wait for the dead one in a save that runs in the background: torchrun must be able to end it.
+    """
+    log = tmp_path / "log"
+    command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=2", "--monitor-interval=0.1")
+    with started(log, *command, *flags(tmp_path, 600, save_every=2)) as launcher:
+        wait(lambda: committed_steps(tmp_path / "checkpoints"), log)
+        first = workers(launcher)
+        first[1].send_signal(signal.SIGKILL)
+        assert launcher.wait(timeout=100) == 0, log.read_text()
+    resumed = [record["step"] for record in metrics(tmp_path / "metrics.jsonl") if record.get("ranks") == 2]
+    assert resumed[0] == 0
+    assert 0 < resumed[1] < 600
+    assert "resumed: 16/16 parameters" in log.read_text()
+    assert "forcefully exiting" not in log.read_text()
+    check_continued(tmp_path, uninterrupted)
+
+
+def test_restarts_with_the_store_of_torchrun_are_warned_of(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(log, *TORCHRUN, "--standalone", "--max-restarts=1", *flags(tmp_path, 1)) as launcher:
+        assert launcher.wait(timeout=60) == 0
+    assert "start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in log.read_text()
+
+
+@pytest.mark.usefixtures("store_of_workers")
+def test_hosts_come_and_go(tmp_path: Path, uninterrupted: dict[int, float]) -> None:
+    """Two launchers of one job: one loses its power, the other goes on alone, and a new one joins."""
+    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint={tmp_path / 'store'}", "--rdzv-id=1")
+    timings = "--rdzv-conf=store_type=file,last_call_timeout=1,keep_alive_interval=1"
+    launch = (*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.1")
+    command = (*launch, *rendezvous, timings, "--local-addr=127.0.0.1", *flags(tmp_path, 10**6, save_every=5))
+
+    def sizes() -> list[int]:
+        """World sizes in the order of starts."""
+        file = tmp_path / "metrics.jsonl"
+        return [record["ranks"] for record in metrics(file) if "ranks" in record] if file.exists() else []
+
+    def went_on(since: int) -> bool:
+        saved = committed_steps(tmp_path / "checkpoints")
+        return bool(saved) and saved[-1] > since + 5
+
+    logs = [tmp_path / name for name in ("one", "two", "three")]
+    with started(logs[0], *command) as one:
+        with started(logs[1], *command) as two:
+            wait(lambda: sizes() and sizes()[-1] == 2 and went_on(0), logs[0])
+            kill_all(two)
+        lost_at = committed_steps(tmp_path / "checkpoints")[-1]
+        wait(lambda: sizes()[-1] == 1 and went_on(lost_at), logs[0])
+        with started(logs[2], *command) as three:
+            wait(lambda: sizes()[-1] == 2, logs[2])
+            joined_at = max(losses(tmp_path))
+            wait(lambda: went_on(joined_at), logs[2])
+            for launcher in (one, three):
+                launcher.send_signal(signal.SIGTERM)
+            assert one.wait(timeout=60) != 0
+            assert three.wait(timeout=60) != 0
+    assert "resumed: 16/16 parameters" in logs[2].read_text() + logs[0].read_text()
+    check_continued(tmp_path, uninterrupted)
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them: 10.99.0.1 and 10.99.0.2."""
+    if shutil.which("ip") is None:
+        pytest.skip("no network namespaces here: there is no ip (iproute2)")
+    names = [f"radam{os.getpid()}_{index}" for index in (1, 2)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "eth1", "netns", names[0], "type", "veth", "peer", "name", "eth1", "netns", names[1])
+        for index, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.99.0.{index}/24", "dev", "eth1")
+            for device in ("lo", "eth1"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts(tmp_path: Path, hosts: list[str], uninterrupted: dict[int, float]) -> None:
+    """One launcher on each, two ranks each: Gloo between all, since memory is not shared between hosts."""
+    rendezvous = ("--rdzv-backend=c10d", "--rdzv-endpoint=10.99.0.1:29400", "--rdzv-id=1")
+    launch = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", *rendezvous)
+    with contextlib.ExitStack() as stack:
+        launchers = []
+        for index, host in enumerate(hosts, 1):
+            inside = ("ip", "netns", "exec", host, "env", "GLOO_SOCKET_IFNAME=eth1")
+            where = (f"--local-addr=10.99.0.{index}", f"--rdzv-conf=is_host={index == 1}")
+            command = (*inside, *launch, *where, *flags(tmp_path, 20), "--verbose")
+            launchers.append(stack.enter_context(started(tmp_path / f"log{index}", *command)))
+        for launcher in launchers:
+            assert launcher.wait(timeout=120) == 0, "\n".join((tmp_path / f"log{i}").read_text() for i in (1, 2))
+    text = "".join((tmp_path / f"log{index}").read_text() for index in (1, 2))
+    assert "transport gloo, since there is no shared memory between the ranks" in text
+    assert [record["ranks"] for record in metrics(tmp_path / "metrics.jsonl") if "ranks" in record][-1] == 4
+    check_continued(tmp_path, uninterrupted)
+
+
+def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
+    for wrong in (["--auto-resume"], ["--auto-resume", "--save", tmp_path, "--resume", tmp_path]):
+        done = train(1, "--steps", 1, *wrong, check=False)
+        assert "--auto-resume goes on from --save, and excludes --resume" in done.stderr
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    train(2, "--steps", 3, "--tensorboard", tmp_path, "--metrics", tmp_path / "m.jsonl")
+    found = events.EventAccumulator(str(tmp_path))
+    found.Reload()
+    written = {event.step: event.value for event in found.Scalars("loss")}
+    assert written == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "m.jsonl") if "loss" in r})
+    assert {"grad_norm", "phases_ms/update", "memory_bytes/1", "validation_loss"} <= set(found.Tags()["scalars"])
