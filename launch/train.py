@@ -207,7 +207,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def save_file(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Collective: one file, written by rank 0, that any number of ranks can load; whole or not at all."""
-    if not isinstance(optimizer, torch.optim.RAdam) or isinstance(optimizer, ShardedRAdam):
+    if hasattr(optimizer, "consolidate_state_dict"):  # ours, or ZeroRedundancyOptimizer
         optimizer.consolidate_state_dict(to=0)
     failure: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -500,7 +500,8 @@ class Trainer:
 
     def train_steps(self, metrics: Metrics) -> int:
         """Returns the number of the step after which it ended: the last one, or the one after which all were asked."""
-        options, is_main, last = self.options, self.rank == 0, self.options.steps
+        options, is_main = self.options, self.rank == 0
+        last: int = options.steps
         self.validate(self.first_step, metrics)
         bar = tqdm(
             range(self.first_step, last), initial=self.first_step, total=last, disable=not is_main, mininterval=1
