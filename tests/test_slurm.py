@@ -1,0 +1,135 @@
+"""launch/slurm.sh under a real Slurm: its daemons run here, with one node, and without accounting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sharded_radam.checkpoint.directory import committed_steps
+from tests.test_launch import losses, wait
+from tests.test_train import ROOT, SMALL, environment
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+pytestmark = [
+    pytest.mark.timeout(200),
+    pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
+    pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="Slurm is not installed"),
+]
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0
+NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={host} CPUs=2 State=UNKNOWN
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+"""
+
+
+def run(*command: object) -> str:
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Munge for passwords, Slurm's controller, and the daemon of one node with 2 CPUs."""
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "state").mkdir()
+    key = folder / "key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(1024))
+    with socket.socket() as one, socket.socket() as two:
+        for taken in (one, two):
+            taken.bind(("127.0.0.1", 0))
+        ports = [taken.getsockname()[1] for taken in (one, two)]
+    config = folder / "slurm.conf"
+    config.write_text(CONFIG.format(host=socket.gethostname(), folder=folder, ports=ports))
+    files = {name: folder / f"munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")}
+    munge = ["munged", "--foreground", "--force", f"--key-file={key}", *(f"--{n}={p}" for n, p in files.items())]
+    daemons = [munge, ["slurmctld", "-D", "-f", str(config)], ["slurmd", "-D", "-f", str(config), "-N", "localhost"]]
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setenv("SLURM_CONF", str(config))
+        started: list[subprocess.Popen[bytes]] = []
+        stack.callback(lambda: [(daemon.kill(), daemon.wait()) for daemon in reversed(started)])
+        log = stack.enter_context((folder / "log").open("wb"))
+        for daemon in daemons:
+            started.append(subprocess.Popen(daemon, stdout=log, stderr=log, env=environment()))
+            if daemon == munge:
+                wait(files["socket"].exists, folder / "log")
+        wait(lambda: "idle" in subprocess.run(["sinfo"], capture_output=True, text=True).stdout, folder / "log")
+        yield
+
+
+def submit(folder: Path, *arguments: object) -> str:
+    flags = [*SMALL, "--save", folder / "checkpoints", "--metrics", folder / "metrics.jsonl", "--save-every", 10**6]
+    script = ("launch/slurm.sh", *flags, *arguments)
+    exported = [f"--export=ALL,GLOO_SOCKET_IFNAME=lo,OMP_NUM_THREADS=1,PYTHON={shutil.which('python')}"]
+    return run("sbatch", "--parsable", "--ntasks=2", f"--output={folder / 'log'}", *exported, *script).strip()
+
+
+def field(job: str, name: str) -> str:
+    words = run("scontrol", "show", "job", job, "--oneliner").split()
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+
+
+def is_training(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() and len(losses(folder)) > 3
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = submit(tmp_path, "--steps", 2000)
+    wait(lambda: is_training(tmp_path), log)
+    other = run("sbatch", "--parsable", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=true").strip()
+    wait(lambda: field(job, "Restarts") == "1" and field(other, "JobState") == "COMPLETED", log)
+    stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
+    assert 3 < stopped_at < 2000
+    assert f"asked to stop after step {stopped_at}: saving" in log.read_text()
+    # Slurm itself waits for 2 minutes; within a few seconds the node would refuse a job that it has just ended.
+    run("scontrol", "update", f"JobId={job}", "StartTime=now+10seconds")
+    wait(lambda: field(job, "JobState") == "COMPLETED", log)
+    assert "resumed: 16/16 parameters" in log.read_text()
+    assert committed_steps(tmp_path / "checkpoints")[-1] == 2000
+    assert sorted(losses(tmp_path)) == list(range(1, 2001))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_only_a_job_that_was_asked_to_stop_is_requeued(tmp_path: Path) -> None:
+    (tmp_path / "cancelled").mkdir()
+    job = submit(tmp_path / "cancelled", "--steps", 10**6)
+    wait(lambda: is_training(tmp_path / "cancelled"), tmp_path / "cancelled" / "log")
+    run("scancel", job)
+    wait(lambda: field(job, "JobState") == "CANCELLED", tmp_path / "cancelled" / "log")
+    wait(lambda: committed_steps(tmp_path / "cancelled" / "checkpoints"), tmp_path / "cancelled" / "log")
+
+    (tmp_path / "wrong").mkdir()
+    job = submit(tmp_path / "wrong", "--steps", 1, "--batch", 7)
+    wait(lambda: field(job, "JobState") == "FAILED", tmp_path / "wrong" / "log")
+    assert field(job, "Restarts") == "0"
+    assert "--batch 7 must be a multiple of ranks" in (tmp_path / "wrong" / "log").read_text()
