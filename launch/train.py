@@ -524,7 +524,7 @@ class Trainer:
                 if is_main:
                     what = "saving" if options.save else "nothing is saved without --save"
                     tqdm.write(f"asked to stop after step {step + 1}: {what}", file=sys.stderr)
-                return step + 1
+                return int(step) + 1
         return last
 
     def validate(self, step: int, metrics: Metrics) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -26,11 +25,11 @@ pytestmark = pytest.mark.timeout(200)
 
 
 @contextlib.contextmanager
-def started(log: Path, *command: object, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def started(log: Path, *command: object) -> Iterator[subprocess.Popen[bytes]]:
     """A process with its output in a file; it and its children are gone afterwards."""
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [*map(str, command)], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, **options
+            [*map(str, command)], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
         )
         try:
             yield process
@@ -209,40 +208,63 @@ def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them: 10.99.0.1 and 10.99.0.2."""
+    """Two network namespaces with a cable between them, 10.99.0.1 and 10.99.0.2; "first" is the name of the former."""
     if shutil.which("ip") is None:
         pytest.skip("no network namespaces here: there is no ip (iproute2)")
     names = [f"radam{os.getpid()}_{index}" for index in (1, 2)]
+    files = [Path("/etc/netns") / name for name in names]
     try:
         for name in names:
             ip("netns", "add", name)
         ip("link", "add", "eth1", "netns", names[0], "type", "veth", "peer", "name", "eth1", "netns", names[1])
-        for index, name in enumerate(names, 1):
+        for index, (name, folder) in enumerate(zip(names, files, strict=True), 1):
             ip("-n", name, "addr", "add", f"10.99.0.{index}/24", "dev", "eth1")
             for device in ("lo", "eth1"):
                 ip("-n", name, "link", "set", device, "up")
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 sharded-radam-0.sharded-radam first\n")
         yield names
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
     finally:
-        for name in names:
+        for name, folder in zip(names, files, strict=True):
+            shutil.rmtree(folder, ignore_errors=True)
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_hosts(tmp_path: Path, hosts: list[str], uninterrupted: dict[int, float]) -> None:
-    """One launcher on each, two ranks each: Gloo between all, since memory is not shared between hosts."""
-    rendezvous = ("--rdzv-backend=c10d", "--rdzv-endpoint=10.99.0.1:29400", "--rdzv-id=1")
-    launch = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", *rendezvous)
+def pod(manifest: str, folder: Path) -> list[str]:
+    """The command of a manifest's container, with other paths and numbers: 2 pods of 2 ranks, a small model."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    *_, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / manifest).read_text())
+    replicas = job["spec"].get("pytorchReplicaSpecs")
+    (container,) = (replicas["Worker"] if replicas else job["spec"])["template"]["spec"]["containers"]
+    changes: dict[str, object] = {"/checkpoints/run1.jsonl": folder / "metrics.jsonl", "/checkpoints/run1": folder / "checkpoints"}
+    changes |= {"--nnodes=4": "--nnodes=2", "--nproc-per-node=8": "--nproc-per-node=2"}
+    variables = ["env", *(f"{variable['name']}={variable['value']}" for variable in container["env"])]
+    words = [*variables, *container["command"], *container.get("args", [])]
+    for old, new in changes.items():
+        assert any(old in word for word in words) or replicas
+        words = [word.replace(old, str(new)) for word in words]
+    return [*words, *SMALL, "--steps", "20", "--verbose"]
+
+
+@pytest.mark.parametrize("manifest", ["indexed-job.yaml", "pytorchjob.yaml"])
+def test_two_hosts(tmp_path: Path, hosts: list[str], uninterrupted: dict[int, float], manifest: str) -> None:
+    """One launcher on each, two ranks each, as pods start them: Gloo, since memory is not shared between hosts."""
+    operator = ["PET_RDZV_BACKEND=c10d", "PET_RDZV_ENDPOINT=first:29400", "PET_RDZV_ID=sharded-radam"]
+    operator += ["PET_NNODES=1:2", "PET_NPROC_PER_NODE=2", "PET_MAX_RESTARTS=3"]
     with contextlib.ExitStack() as stack:
         launchers = []
-        for index, host in enumerate(hosts, 1):
-            inside = ("ip", "netns", "exec", host, "env", "GLOO_SOCKET_IFNAME=eth1")
-            where = (f"--local-addr=10.99.0.{index}", f"--rdzv-conf=is_host={index == 1}")
-            command = (*inside, *launch, *where, *flags(tmp_path, 20), "--verbose")
+        for index, host in enumerate(hosts):
+            inside = ["ip", "netns", "exec", host, "env", "GLOO_SOCKET_IFNAME=eth1", f"JOB_COMPLETION_INDEX={index}"]
+            inside += [f"PET_LOCAL_ADDR=10.99.0.{index + 1}"]  # a pod's host name is its own
+            if manifest == "pytorchjob.yaml":
+                inside += [*operator, f"PET_RDZV_CONF=is_host={index == 0},last_call_timeout=10"]
+            command = (*inside, *pod(manifest, tmp_path))
             launchers.append(stack.enter_context(started(tmp_path / f"log{index}", *command)))
         for launcher in launchers:
-            assert launcher.wait(timeout=120) == 0, "\n".join((tmp_path / f"log{i}").read_text() for i in (1, 2))
-    text = "".join((tmp_path / f"log{index}").read_text() for index in (1, 2))
+            assert launcher.wait(timeout=120) == 0, "\n".join((tmp_path / f"log{i}").read_text() for i in (0, 1))
+    text = "".join((tmp_path / f"log{index}").read_text() for index in (0, 1))
     assert "transport gloo, since there is no shared memory between the ranks" in text
     assert [record["ranks"] for record in metrics(tmp_path / "metrics.jsonl") if "ranks" in record][-1] == 4
     check_continued(tmp_path, uninterrupted)

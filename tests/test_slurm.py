@@ -75,7 +75,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setenv("SLURM_CONF", str(config))
         started: list[subprocess.Popen[bytes]] = []
-        stack.callback(lambda: [(daemon.kill(), daemon.wait()) for daemon in reversed(started)])
+        stack.callback(end, started)
         log = stack.enter_context((folder / "log").open("wb"))
         for daemon in daemons:
             started.append(subprocess.Popen(daemon, stdout=log, stderr=log, env=environment()))
@@ -83,6 +83,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 wait(files["socket"].exists, folder / "log")
         wait(lambda: "idle" in subprocess.run(["sinfo"], capture_output=True, text=True).stdout, folder / "log")
         yield
+
+
+def end(daemons: list[subprocess.Popen[bytes]]) -> None:
+    for daemon in reversed(daemons):
+        daemon.kill()
+        daemon.wait()
 
 
 def submit(folder: Path, *arguments: object) -> str:
