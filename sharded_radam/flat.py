@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sharded_radam.memory import as_real, flatten, is_dense, unflatten, window, zeros
+from sharded_radam.memory import as_real, dim_order, flatten, is_dense, unflatten, window, zeros
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.ranges import RangeTensor
 
@@ -70,7 +70,7 @@ class Flat:
             for name in ("exp_avg", "exp_avg_sq", *(("master",) if self.is_half else ()))
         }
         self._windows = [window(self.buffer, slot.start, slot.numel) for slot in plan.slots]
-        self._take_in()
+        self._take_in(range(len(self.params)))
         self.pieces = self._make_pieces()
         self._pieces_of: list[list[ShardPiece]] = [[] for _ in self.params]
         for own in (own for pieces in self.pieces for own in pieces):
@@ -124,8 +124,16 @@ class Flat:
                 raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
-            if self.as_views and param.data_ptr() != address:
-                raise RuntimeError(_moved(spec.name, "has other memory now (.data was assigned, or it was moved)"))
+            if self.as_views and param.data_ptr() != address and not _has_memory_of_its_own(param, spec):
+                raise RuntimeError(_moved(spec.name, "has other memory now, which others use, too, or other strides"))
+
+    def take_back(self) -> None:
+        """Parameters whose ``.data`` was assigned, or that were moved to where they are, become views again.
+
+        With the values that they have now, as an optimizer without buckets would go on from them.
+        """
+        if self.as_views:
+            self._take_in([i for i, param in enumerate(self.params) if param.data_ptr() != self._addresses[i]])
 
     def copy_in(self, bucket: int) -> None:
         """Parameters to the own shard, where they are not views."""
@@ -179,10 +187,12 @@ class Flat:
                 self._copy_in(own)
             torch._foreach_copy_([own.master], [own.param])
 
-    def _take_in(self) -> None:
-        views = [unflatten(view, param) for view, param in zip(self._windows, self.params, strict=True)]
-        torch._foreach_copy_(views, [param.detach() for param in self.params])
-        for param, view in zip(self.params, views, strict=True):
+    def _take_in(self, slots: Sequence[int]) -> None:
+        params = [self.params[slot] for slot in slots]
+        views = [unflatten(self._windows[slot], param) for slot, param in zip(slots, params, strict=True)]
+        if params:
+            torch._foreach_copy_(views, [param.detach() for param in params])
+        for param, view in zip(params, views, strict=True):
             if self.as_views and param.numel():
                 param.data = view if view.stride() == param.stride() else _restride(view, param)
 
@@ -221,6 +231,13 @@ class Flat:
 def _restride(view: Tensor, param: Tensor) -> Tensor:
     """Strides of dimensions of size 1 mean nothing, but are kept all the same."""
     return view.as_strided(param.size(), param.stride()) if is_dense(param) else view
+
+
+def _has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
+    """As after ``module.to()`` or ``param.data = ...``, and not part of something else, or shared with processes."""
+    storage = param.untyped_storage()
+    is_alone = storage.nbytes() == param.nbytes and not (param.device.type == "cpu" and storage.is_shared())
+    return is_alone and is_dense(param) and dim_order(param) == spec.dim_order
 
 
 def _moved(name: str, what: str) -> str:

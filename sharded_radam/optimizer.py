@@ -323,6 +323,7 @@ class ShardedRAdam(RAdam, Joinable):
         else:
             present = self._gradients.finish()
         for flat in self._flats:
+            flat.take_back()
             self._take_back_state(flat)
         self._consolidated = None
         return [

@@ -21,7 +21,8 @@ from tests.ranks import WORLD_SIZES, run
 MOVES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "to(dtype)": (lambda m: m.to(torch.float64), r"was torch\.float32 and is now torch\.float64"),
     "half": (lambda m: m.half(), r"was torch\.float32 and is now torch\.float16"),
-    "data": (lambda m: setattr(m[0].weight, "data", torch.ones(4, 3)), "has other memory now"),
+    "data of others": (lambda m: setattr(m[0].weight, "data", torch.ones(5, 3)[1:]), "has other memory now"),
+    "strides": (lambda m: setattr(m[0].weight, "data", torch.ones(3, 4).t()), "has other memory now"),
     "shape": (lambda m: setattr(m[0].weight, "data", torch.ones(3, 3)), r"was of shape \(4, 3\) and is now \(3, 3\)"),
     "share_memory": (lambda m: m.share_memory(), "has other memory now"),
     "assign": (
@@ -68,6 +69,35 @@ def test_moves_that_are_no_harm() -> None:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert weight.abs().sum() > 0
+
+
+def check_taken_back(rank: int, world_size: int, half: bool) -> None:
+    """Whatever assigns ``.data``, the step goes on from these values, as torch.optim.RAdam does."""
+    dtype = torch.bfloat16 if half else torch.float32
+    models = [nn.Sequential(nn.Linear(3, 17), nn.Linear(17, 5)).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = ShardedRAdam(models[0].parameters(), foreach=True, weight_decay=0.1)
+    theirs = torch.optim.RAdam(models[1].parameters(), foreach=True, weight_decay=0.1)
+    addresses = [param.data_ptr() for param in models[0].parameters()]
+    for step in range(8):
+        for model in models:
+            if step == 4:
+                model.to("cpu:0")  # a copy, in torch 2.13
+            if step == 6:
+                model[0].weight.data = torch.full((17, 3), 0.5, dtype=dtype)
+            set_grads(list(model.parameters()), step)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        if not half:
+            assert all(map(torch.equal, models[0].parameters(), models[1].parameters())), step
+        assert (models[0][0].get_parameter("weight") - 0.5).abs().max() < 0.1 or step < 6
+        assert [param.data_ptr() for param in models[0].parameters()] == addresses
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_data_that_was_assigned_is_taken_back(world_size: int) -> None:
+    for half in (False, True):
+        run(check_taken_back, world_size, half)
 
 
 def test_with_their_own_memory_parameters_may_move_but_not_change_type() -> None:

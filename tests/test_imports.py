@@ -75,6 +75,8 @@ ALLOWED = {
     "planning.estimate": {"checkpoint.contents", "flat", "plan", "radam", "ranges", "transport"},
     "planning.models": {"memory", "plan"},
     "planning.simulate": {"optimizer", "overview", "plan", "planning.estimate", "transport"},
+    "integrations": set(),
+    "integrations.hf": {"checkpoint", "checkpoint.directory", "optimizer"},
     "commands": set(),
     "commands.output": set(),
     "commands.checkpoint": {"checkpoint.index", "checkpoint.tools", "checkpoint.verification", "commands.output"},

@@ -238,7 +238,10 @@ def pod(manifest: str, folder: Path) -> list[str]:
     *_, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / manifest).read_text())
     replicas = job["spec"].get("pytorchReplicaSpecs")
     (container,) = (replicas["Worker"] if replicas else job["spec"])["template"]["spec"]["containers"]
-    changes: dict[str, object] = {"/checkpoints/run1.jsonl": folder / "metrics.jsonl", "/checkpoints/run1": folder / "checkpoints"}
+    changes: dict[str, object] = {
+        "/checkpoints/run1.jsonl": folder / "metrics.jsonl",
+        "/checkpoints/run1": folder / "checkpoints",
+    }
     changes |= {"--nnodes=4": "--nnodes=2", "--nproc-per-node=8": "--nproc-per-node=2"}
     variables = ["env", *(f"{variable['name']}={variable['value']}" for variable in container["env"])]
     words = [*variables, *container["command"], *container.get("args", [])]
