@@ -1,6 +1,7 @@
 """The command line: ``sharded-radam checkpoint|plan|doctor``.
 
-Exit status 0: done, and for ``checkpoint diff`` no difference; 1: damage, differences, or an error; 2: wrong arguments.
+Exit status 0: done, and for ``checkpoint diff`` no difference; 1: damage, differences, a check that failed, or an
+error; 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import sys
 
 from sharded_radam.checkpoint.agreement import CheckpointError
-from sharded_radam.commands import checkpoint, plan
+from sharded_radam.commands import checkpoint, doctor, plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sharded-radam", description="Tools for ShardedRAdam.")
     topics = parser.add_subparsers(required=True, metavar="TOPIC")
-    for topic in (checkpoint, plan):
+    for topic in (checkpoint, plan, doctor):
         topic.add_to(topics)
     return parser
 

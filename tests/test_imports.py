@@ -80,11 +80,14 @@ ALLOWED = {
     "commands": set(),
     "commands.output": set(),
     "commands.checkpoint": {"checkpoint.index", "checkpoint.tools", "checkpoint.verification", "commands.output"},
+    "commands.doctor": {"commands.output", "diagnosis", "version"},
     "commands.plan": {"commands.output", "plan", *(f"planning.{n}" for n in ("estimate", "models", "simulate"))},
-    "cli": {"checkpoint.agreement", "commands", "commands.checkpoint", "commands.plan"},
+    "diagnosis": {"layout", "optimizer", "planning.estimate", "transport"},
+    "cli": {"checkpoint.agreement", "commands", *(f"commands.{name}" for name in ("checkpoint", "doctor", "plan"))},
     "__main__": {"cli"},
     "amp": {"optimizer"},
-    "": {"amp", "optimizer", "checkpoint", "overview"},
+    "version": set(),
+    "": {"amp", "optimizer", "checkpoint", "overview", "version"},
 }
 
 

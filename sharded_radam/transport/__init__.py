@@ -48,11 +48,43 @@ def make_transport(
         ValueError: unknown name, a group without this process, or without a backend for the device; or shared memory
             was asked for, and there is none.
     """
+    transport, reason = _choose(group, device, name, share_parameters)
+    transport.reason = reason
+    return transport
+
+
+def _choose(
+    group: dist.ProcessGroup | None, device: torch.device, name: str | None, share_parameters: bool
+) -> tuple[Transport, str]:
     if name is not None and name not in NAMES:
         raise ValueError(f"transport={name!r}: expected None or one of {list(NAMES)}")
     if not dist.is_available() or not dist.is_initialized():
         _warn_if_launched()
-        return Alone(device)
+        return Alone(device), "torch.distributed is not initialised"
+    group = _own(group)
+    if dist.get_world_size(group) == 1:
+        return Alone(device, group), "there is one rank"
+    backend = _backend(group, device)
+    _check_choice(name, share_parameters, device, backend)
+    asked_for = f"transport={name!r} was asked for"
+    if name == "native" or not _sends_messages(device, backend):
+        return NativeTransport(group, device), asked_for if name else f"{device.type} tensors, a {backend} backend"
+    gloo = GlooTransport(group, device)
+    if name == "gloo":
+        return gloo, asked_for
+    signals = connect(gloo.rank, gloo.world_size, gloo.all_gather_objects, _timeout(gloo.group))
+    if not isinstance(signals, str):
+        return SharedMemoryTransport(group, device, signals, share_parameters), "all ranks are on CPUs of one host"
+    if name or share_parameters:
+        raise ValueError(f"no shared memory between the ranks: {signals}. It needs all ranks on one Linux host")
+    reason = f"there is no shared memory between the ranks: {signals}"
+    if gloo.rank == 0:
+        logger.info("ShardedRAdam: transport gloo, since %s", reason)
+    return gloo, reason
+
+
+def _own(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group given, or the default one."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
     if dist.get_rank(group) < 0:
@@ -60,8 +92,10 @@ def make_transport(
             f"process_group does not contain this process (global rank {dist.get_rank()}): build the optimizer only "
             "on the ranks of its group, and give it the group that they are in"
         )
-    if dist.get_world_size(group) == 1:
-        return Alone(device, group)
+    return group
+
+
+def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
     backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
     backend = backends.get(device.type)
     if backend is None:
@@ -69,29 +103,21 @@ def make_transport(
             f"parameters are on {device.type}, but the process group has backends for {sorted(backends)} only: "
             "initialise it with a backend for this device, or move the model first"
         )
-    messages = backend == "gloo" and device.type == "cpu"
+    return backend
+
+
+def _sends_messages(device: torch.device, backend: str) -> bool:
+    return backend == "gloo" and device.type == "cpu"
+
+
+def _check_choice(name: str | None, share_parameters: bool, device: torch.device, backend: str) -> None:
+    messages = _sends_messages(device, backend)
     if name in ("gloo", "shared_memory") and not messages:
         raise ValueError(
             f"transport={name!r} is for CPU tensors and a gloo backend; here are {device.type} and {backend!r}"
         )
     if share_parameters and not (messages and name in (None, "shared_memory")):
         raise ValueError("share_parameters=True needs transport='shared_memory': all ranks on CPUs of one host, Gloo")
-    if name == "native" or not messages:
-        return NativeTransport(group, device)
-    gloo = GlooTransport(group, device)
-    return gloo if name == "gloo" else _shared_memory(gloo, name is not None, share_parameters)
-
-
-def _shared_memory(gloo: GlooTransport, asked_for: bool, share_parameters: bool) -> Transport:
-    """Collective: shared memory, or, where there cannot be any, Gloo if nobody asked for shared memory."""
-    signals = connect(gloo.rank, gloo.world_size, gloo.all_gather_objects, _timeout(gloo.group))
-    if not isinstance(signals, str):
-        return SharedMemoryTransport(gloo.group, gloo.device, signals, share_parameters)
-    if asked_for or share_parameters:
-        raise ValueError(f"no shared memory between the ranks: {signals}. It needs all ranks on one Linux host")
-    if gloo.rank == 0:
-        logger.info("ShardedRAdam: transport gloo, since there is no shared memory between the ranks: %s", signals)
-    return gloo
 
 
 def _timeout(group: dist.ProcessGroup) -> float:

@@ -36,10 +36,11 @@ class Transport(ABC):
     """Moves shards between the ranks of one process group; all ranks make the same calls in the same order.
 
     ``rank`` and ``world_size`` are those of the group, whose backend moves tensors of ``device``. Tensors are
-    contiguous, and travel as bytes: any dtype does.
+    contiguous, and travel as bytes: any dtype does. ``reason`` says why it is this transport.
     """
 
     name: str
+    reason = ""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
