@@ -475,6 +475,7 @@ class Trainer:
         """All steps, with metrics, validation and saving; returns the exit status."""
         is_main = self.rank == 0
         metrics = Metrics(self.options.metrics, self.options.tensorboard) if is_main else Metrics(None, None)
+        metrics.write(self.first_step, started_ranks=self.world_size)
         if is_main:
             print(self.describe(), flush=True)
         with self.stop:
