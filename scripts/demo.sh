@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The main job: train a GPT on real text with ShardedRAdam, save, resume at another number of ranks, and compare the
-# optimizer with ZeroRedundancyOptimizer. On a fresh machine it makes .venv first. Files are left in runs/demo.
+# optimizer with ZeroRedundancyOptimizer. On a fresh machine it makes .venv first. Files are left in runs/demo, or
+# DEMO_OUTPUT; DEMO_FLAGS are more flags of launch/train.py, such as another size of the model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 make_venv train
-out=runs/demo
+out=${DEMO_OUTPUT:-runs/demo}
 rm -rf "$out"
 mkdir -p "$out"
 
@@ -16,7 +17,7 @@ train() { # ranks, metrics file, flags
     local ranks=$1 metrics=$2
     shift 2
     torchrun --standalone --nproc-per-node="$ranks" launch/train.py --schedule-steps 130 --batch $((first * other * 4)) \
-        --metrics "$out/$metrics" "$@"
+        --metrics "$out/$metrics" "$@" ${DEMO_FLAGS:-}
 }
 
 echo "== $first ranks, 100 steps, saved in the background after 40, 80 and 100"

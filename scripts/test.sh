@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
-make_venv test
+make_venv test,hf,lightning,tensorboard
 ruff check .
 ruff format --check .
 mypy

@@ -1,21 +1,52 @@
-"""The code of README.md, run as it stands."""
+"""The code of README.md and launch/README.md, run as it stands; only paths and sizes are others."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
+import json
+import os
 import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam.checkpoint.directory import committed_steps
 from sharded_radam.cli import main
 from tests.ranks import WORLD_SIZES, run
+from tests.test_integrations import LIBRARIES
+from tests.test_train import ROOT, SMALL, environment
 
-README = Path(__file__).parent.parent / "README.md"
+README, LAUNCH = ROOT / "README.md", ROOT / "launch" / "README.md"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [code for of, code in found if of == language]
+
+
+def lines(path: Path) -> list[str]:
+    """Commands, without comments and continuations."""
+    text = "".join(blocks(path, "bash")).replace("\\\n", " ")
+    return [re.sub(r"\s{2,}#.*", "", line).strip() for line in text.splitlines()]
+
+
+def test_every_block_is_of_a_language_that_is_run_here() -> None:
+    for path in (README, LAUNCH):
+        fences = re.findall(r"^```(.*)$", path.read_text(), flags=re.MULTILINE)[::2]
+        assert set(fences) <= {"python", "bash", ""}, path
+    assert "".join(blocks(README, "")).count("rank 0   bucket 0") == 1  # the drawing
 
 
 def check_code(_rank: int, _world_size: int, code: str, folder: str) -> None:
@@ -47,15 +78,136 @@ def check_sharded(_rank: int, _world_size: int, code: str) -> None:
     assert not torch.equal(names["model"].weight, before)
 
 
+def check_from_zero(rank: int, _world_size: int, code: str, figures: str, folder: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.Linear(3, 200)
+    was = re.findall(r"# was: (.*)", code)[0]
+    zero: Any = eval(was, {"ZeroRedundancyOptimizer": ZeroRedundancyOptimizer, "model": model, "torch": torch})
+    for _ in range(7):
+        model(torch.ones(5, 3)).sum().backward()
+        zero.step()
+    zero.consolidate_state_dict(to=0)
+    file = f"{folder}/zero.pt"
+    if rank == 0:
+        torch.save(zero.state_dict(), file)
+    dist.barrier()
+    names: dict[str, Any] = {"model": model, "torch": torch}
+    exec(code.replace("zero.pt", file), names)
+    optimizer = names["optimizer"]
+    saved = torch.load(file, weights_only=True)
+    found = optimizer.consolidate_state_dict(to=0)
+    if found is not None:
+        for index, state in saved["state"].items():
+            assert all(torch.equal(state[name], found["state"][index][name]) for name in state)
+    model(torch.ones(5, 3)).sum().backward()
+    optimizer.step()
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(figures, names)
+    assert shown.getvalue().startswith(f"1 {names['figures'].state_bytes} {{")
+    assert "bucket  rank  elements  parameters" in shown.getvalue()
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
-    sharded = blocks.pop(1)
-    run(check_code, world_size, "\n".join(blocks), str(tmp_path))
+    use, sharded, manager, dcp, zero, figures = blocks(README, "python")
+    run(check_code, world_size, "\n".join((use, manager, dcp)), str(tmp_path))
     run(check_sharded, world_size, sharded)
-    commands = re.findall(r"^sharded-radam (.*?)(?: +#.*)?$", README.read_text(), flags=re.MULTILINE)
+    run(check_from_zero, world_size, zero, figures, str(tmp_path))
+    commands = [line for line in lines(README) if line.startswith("sharded-radam checkpoint")]
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)
     for command in commands:
-        assert main(command.split()) == ("diff" in command)  # the consolidated file has no model
+        # The consolidated file has no model.
+        assert main(command.removeprefix("sharded-radam ").split()) == (" diff " in command)
+
+
+def test_commands_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    others = [line for line in lines(README) if not line.startswith("sharded-radam checkpoint")]
+    scripts = {line for line in others if line.startswith("scripts/")}
+    # The latter runs this; the former is run by tests/test_scripts.py.
+    assert scripts == {"scripts/demo.sh", "scripts/test.sh"}
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+    tools = [line for line in others if line.startswith("sharded-radam ")]
+    assert [command.split()[1] for command in tools] == ["plan", "plan", "doctor"]
+    for command in tools:
+        assert main(shlex.split(command)[1:]) == 0
+        assert capsys.readouterr().out
+    benchmarks = [line for line in others if line not in scripts and line not in tools]
+    tested = (ROOT / "tests" / "test_scripts.py").read_text()
+    for command in benchmarks:
+        start, script = command.rsplit(" ", 1)
+        assert start == "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2"
+        assert f'"{Path(script).name}"' in tested, script
+
+
+def test_commands_of_launching(tmp_path: Path) -> None:
+    """With small models, and one node of two ranks in the place of several nodes of eight."""
+    changes = {"runs/": f"{tmp_path}/", "/shared/": f"{tmp_path}/", "node0:29400": "localhost:0"}
+    changes |= {"--nnodes=2": "--nnodes=1", "--nnodes=1:4": "--nnodes=1", "--nproc-per-node=8": "--nproc-per-node=2"}
+    small = shlex.join([*SMALL, "--batch", "12", "--save-every", "4"])
+    for line in lines(LAUNCH):
+        command = line
+        for old, new in changes.items():
+            command = command.replace(old, new)
+        command = re.sub(r"--steps (\d)00+", r"--steps \1", command)
+        command += f" {small}" if "train.py" in command else ""
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, line + done.stdout + done.stderr
+    assert committed_steps(tmp_path / "a") == [2, 3]
+    assert committed_steps(tmp_path / "run1") == [1]
+    assert "<svg" in (tmp_path / "a.html").read_text()
+    assert {json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()} == {0, 1, 2}
+
+
+def check_stop(rank: int, world_size: int, code: str, folder: str) -> None:
+    def batches() -> Iterator[Tensor]:
+        for step in itertools.count():
+            if step == 3 and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield torch.ones(5, 3)
+
+    model = nn.Linear(3, 200)
+    optimizer = ShardedRAdam(model.parameters())
+    with CheckpointManager(folder) as manager:
+        names = {"model": model, "optimizer": optimizer, "manager": manager, "batches": batches()}
+        try:
+            exec(code, {**names, "torch": torch, "dist": dist})
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert manager.steps() == [3]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_stopping_together(tmp_path: Path, world_size: int) -> None:
+    (code,) = (block for block in blocks(LAUNCH, "python") if "SIGTERM" in block)
+    run(check_stop, world_size, code, str(tmp_path))
+
+
+def test_the_other_blocks_of_launching_are_recipes() -> None:
+    """Which tests/test_integrations.py runs."""
+    parts = re.split(r"^##+ ", LAUNCH.read_text(), flags=re.MULTILINE)
+    with_code = [part.partition("\n")[0] for part in parts if "```python" in part and "SIGTERM" not in part]
+    programs = (ROOT / "tests" / "recipes.py").read_text()
+    assert len(with_code) == len(LIBRARIES) - 1  # Trainer has two
+    assert all(f'recipe("{heading}")' in programs for heading in with_code)
+
+
+def test_errors_of_the_readme_are_those_of_the_code() -> None:
+    source = "".join(path.read_text() for path in sorted((ROOT / "sharded_radam").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    table = README.read_text().partition("## Errors, and what they mean")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| ", table, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for text in (text for row in rows for text in re.findall(r"`(.*?)`", row)):
+        for part in filter(None, (part.strip() for part in text.split("..."))):
+            assert part in source, part
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (README, LAUNCH, ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert target.startswith("https://") or (path.parent / target).exists(), target

@@ -152,3 +152,21 @@ def test_demo_fails_if_the_loss_does_not_continue(tmp_path: Path) -> None:
         done = table(tmp_path, *resumed)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+@pytest.mark.timeout(240)
+def test_demo(tmp_path: Path) -> None:
+    """All of it, with a small model."""
+    small = "--layers 1 --heads 2 --width 32 --context 32 --data-bytes 300000"
+    done = subprocess.run(
+        ["scripts/demo.sh"],
+        cwd=ROOT,
+        env={**os.environ, "DEMO_OUTPUT": str(tmp_path / "demo"), "DEMO_FLAGS": small, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=230,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "complete; all checksums are right" in done.stdout
+    assert "resumed on 3" in done.stdout
+    assert (tmp_path / "demo" / "radam.pt").exists()
