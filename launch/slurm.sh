@@ -29,7 +29,7 @@ export MASTER_ADDR MASTER_PORT PYTHON OMP_NUM_THREADS
 
 # One rank's GPU may be the only one that its task sees, so its number among the visible ones decides, not that on the node.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     case "${CUDA_VISIBLE_DEVICES:-}" in *,* | "") ;; *) LOCAL_RANK=0 ;; esac
     exec "$PYTHON" launch/train.py --auto-resume "$@"' train "$@"

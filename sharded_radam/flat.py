@@ -111,11 +111,16 @@ class Flat:
     def _own(self, slot: int) -> list[Piece]:
         return [own.piece for own in self._pieces_of[slot]]
 
-    def check(self) -> None:
-        """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient."""
+    def check(self) -> list[int]:
+        """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient.
+
+        Returns:
+            Slots to ``take_back``: their parameters are elsewhere, with memory of their own.
+        """
+        elsewhere = []
         for index, place in self._reassigned.items():
             raise RuntimeError(_moved(self.specs[index].name, f"was replaced by another Parameter in {place}"))
-        for param, spec, address in zip(self.params, self.specs, self._addresses, strict=True):
+        for slot, (param, spec) in enumerate(zip(self.params, self.specs, strict=True)):
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{spec.name}')")
             if param.dtype != spec.dtype:
@@ -124,16 +129,21 @@ class Flat:
                 raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
-            if self.as_views and param.data_ptr() != address and not _has_memory_of_its_own(param, spec):
-                raise RuntimeError(_moved(spec.name, "has other memory now, which others use, too, or other strides"))
+            if self.as_views and param.data_ptr() != self._addresses[slot]:
+                if not _has_memory_of_its_own(param, spec):
+                    raise RuntimeError(
+                        _moved(spec.name, "has other memory now, which others use, too, or other strides")
+                    )
+                elsewhere.append(slot)
+        return elsewhere
 
-    def take_back(self) -> None:
+    def take_back(self, slots: Sequence[int]) -> None:
         """Parameters whose ``.data`` was assigned, or that were moved to where they are, become views again.
 
         With the values that they have now, as an optimizer without buckets would go on from them.
         """
-        if self.as_views:
-            self._take_in([i for i, param in enumerate(self.params) if param.data_ptr() != self._addresses[i]])
+        if slots:
+            self._take_in(slots)
 
     def copy_in(self, bucket: int) -> None:
         """Parameters to the own shard, where they are not views."""
@@ -190,8 +200,7 @@ class Flat:
     def _take_in(self, slots: Sequence[int]) -> None:
         params = [self.params[slot] for slot in slots]
         views = [unflatten(self._windows[slot], param) for slot, param in zip(slots, params, strict=True)]
-        if params:
-            torch._foreach_copy_(views, [param.detach() for param in params])
+        torch._foreach_copy_(views, [param.detach() for param in params])
         for param, view in zip(params, views, strict=True):
             if self.as_views and param.numel():
                 param.data = view if view.stride() == param.stride() else _restride(view, param)

@@ -316,14 +316,13 @@ class ShardedRAdam(RAdam, Joinable):
     def _prepare(self) -> list[list[Cohort]]:
         """All that can fail, then count the steps of the parameters that have a gradient."""
         self._wait_for_parameters()
-        for flat in self._flats:
-            flat.check()
+        elsewhere = [flat.check() for flat in self._flats]
         if self._gradients is None:
             present = [[param.grad is not None for param in flat.params] for flat in self._flats]
         else:
             present = self._gradients.finish()
-        for flat in self._flats:
-            flat.take_back()
+        for flat, slots in zip(self._flats, elsewhere, strict=True):
+            flat.take_back(slots)
             self._take_back_state(flat)
         self._consolidated = None
         return [

@@ -1,4 +1,4 @@
-"""launch/slurm.sh under a real Slurm: its daemons run here, with one node, and without accounting."""
+"""launch/slurm.sh under a real Slurm: its daemons run here, with one node of 4 CPUs, so called, and no accounting."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+SlurmdParameters=config_overrides
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -45,7 +46,7 @@ SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0
-NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={host} CPUs=2 State=UNKNOWN
+NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={host} CPUs=4 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
@@ -57,7 +58,7 @@ def run(*command: object) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Munge for passwords, Slurm's controller, and the daemon of one node with 2 CPUs."""
+    """Munge for passwords, Slurm's controller, and the daemon of one node."""
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
     key = folder / "key"
@@ -112,7 +113,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "log"
     job = submit(tmp_path, "--steps", 2000)
     wait(lambda: is_training(tmp_path), log)
-    other = run("sbatch", "--parsable", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=true").strip()
+    other = run("sbatch", "--parsable", "--partition=high", "--ntasks=4", "--output=/dev/null", "--wrap=true").strip()
     wait(lambda: field(job, "Restarts") == "1" and field(other, "JobState") == "COMPLETED", log)
     stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
     assert 3 < stopped_at < 2000
@@ -127,15 +128,15 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_only_a_job_that_was_asked_to_stop_is_requeued(tmp_path: Path) -> None:
-    (tmp_path / "cancelled").mkdir()
-    job = submit(tmp_path / "cancelled", "--steps", 10**6)
-    wait(lambda: is_training(tmp_path / "cancelled"), tmp_path / "cancelled" / "log")
-    run("scancel", job)
-    wait(lambda: field(job, "JobState") == "CANCELLED", tmp_path / "cancelled" / "log")
-    wait(lambda: committed_steps(tmp_path / "cancelled" / "checkpoints"), tmp_path / "cancelled" / "log")
-
-    (tmp_path / "wrong").mkdir()
-    job = submit(tmp_path / "wrong", "--steps", 1, "--batch", 7)
-    wait(lambda: field(job, "JobState") == "FAILED", tmp_path / "wrong" / "log")
-    assert field(job, "Restarts") == "0"
-    assert "--batch 7 must be a multiple of ranks" in (tmp_path / "wrong" / "log").read_text()
+    folders = {name: tmp_path / name for name in ("cancelled", "wrong")}
+    for folder in folders.values():
+        folder.mkdir()
+    cancelled = submit(folders["cancelled"], "--steps", 10**6)
+    wrong = submit(folders["wrong"], "--steps", 1, "--batch", 7)
+    wait(lambda: is_training(folders["cancelled"]), folders["cancelled"] / "log")
+    run("scancel", cancelled)
+    wait(lambda: field(cancelled, "JobState") == "CANCELLED", folders["cancelled"] / "log")
+    wait(lambda: committed_steps(folders["cancelled"] / "checkpoints"), folders["cancelled"] / "log")
+    wait(lambda: field(wrong, "JobState") == "FAILED", folders["wrong"] / "log")
+    assert (field(cancelled, "Restarts"), field(wrong, "Restarts")) == ("0", "0")
+    assert "--batch 7 must be a multiple of ranks" in (folders["wrong"] / "log").read_text()

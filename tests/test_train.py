@@ -64,7 +64,8 @@ def test_saves_resumes_and_continues_at_other_world_sizes(tmp_path: Path) -> Non
     for ranks in (1, 3):
         file = tmp_path / f"{ranks}.jsonl"
         train(ranks, "--steps", 14, "--resume", one, "--metrics", file)
-        resumed = metrics(file)
+        started, *resumed = metrics(file)
+        assert started == {"step": 8, "started_ranks": ranks}
         assert resumed[0]["validation_loss"] == pytest.approx(
             metrics(tmp_path / "8.jsonl")[-2]["validation_loss"], rel=1e-5
         )
