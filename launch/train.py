@@ -29,7 +29,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -111,13 +111,18 @@ class GPT(nn.Module):
 # The text
 
 
+def text_files(folder: Path, without: Sequence[str]) -> Iterator[Path]:
+    """Those below a folder, but for folders of some names."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in without]
+        yield from (Path(root, name) for name in names if os.path.splitext(name)[1] in TEXT_SUFFIXES)
+
+
 def read_text(paths: list[Path], limit: int) -> bytes:
     """The bytes of all text files given or below the folders given, in the order of their paths, ``limit`` at most."""
     files = []
     for path in paths or [Path(sysconfig.get_paths()["stdlib"])]:
-        found = [path] if path.is_file() else path.rglob("*")
-        files += [f for f in found if f.is_file() and (f == path or f.suffix in TEXT_SUFFIXES)]
-    files = [f for f in files if "site-packages" not in f.parts or paths]
+        files += [path] if path.is_file() else text_files(path, () if paths else ("site-packages",))
     parts, size = [], 0
     for file in sorted(files):
         parts.append(file.read_bytes()[: limit - size])
