@@ -120,7 +120,7 @@ def text_files(folder: Path, without: Sequence[str]) -> Iterator[Path]:
 
 def read_text(paths: list[Path], limit: int) -> bytes:
     """The bytes of all text files given or below the folders given, in the order of their paths, ``limit`` at most."""
-    files = []
+    files: list[Path] = []
     for path in paths or [Path(sysconfig.get_paths()["stdlib"])]:
         files += [path] if path.is_file() else text_files(path, () if paths else ("site-packages",))
     parts, size = [], 0
