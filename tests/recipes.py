@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sharded_radam import CheckpointManager, ShardedRAdam
+
 README = Path(__file__).parent.parent / "launch" / "README.md"
 STEPS, HALF = 10, 5
 
@@ -142,13 +144,21 @@ def accelerate() -> None:
     without = plain(code).replace("consolidate_on_save(accelerator, optimizer)", "").replace('"state"', '"plain"')
     every = torch.stack(batches())
 
-    def train(code: str, part: Tensor, checkpoint: str | None = None) -> nn.Module:
-        return run(code, model=network(), loader=list(part), checkpoint=checkpoint)["model"]  # type: ignore[no-any-return]
+    def train(code: str, part: Tensor, checkpoint: str | None = None) -> dict[str, Any]:
+        return run(code, model=network(), loader=list(part), checkpoint=checkpoint)
 
-    reference = train(without, every)
+    reference = train(without, every)["model"]
     train(code, every[:HALF])
-    model = train(code, every[HALF:], "state")
+    trained = train(code, every[HALF:], "state")
+    model = trained["model"]
     check_equal(model, reference)
+    (in_parts,) = re.findall(r"`(manager\.save\(.*?)`", README.read_text())
+    with CheckpointManager("parts") as manager:
+        eval(in_parts, {**trained, "manager": manager, "step": STEPS})
+        again = network()
+        restored = manager.load_latest(model=again, optimizer=ShardedRAdam(again.parameters()))
+        assert restored is not None
+        check_equal(again, reference)
     Accelerator().wait_for_everyone()
     check_file(torch.load("state/optimizer.bin", weights_only=True), model, STEPS)
     from sharded_radam.integrations.hf import consolidate_on_save

@@ -209,5 +209,5 @@ def test_errors_of_the_readme_are_those_of_the_code() -> None:
 
 def test_links_lead_somewhere() -> None:
     for path in (README, LAUNCH, ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             assert target.startswith("https://") or (path.parent / target).exists(), target

@@ -85,7 +85,7 @@ class ShardsCallback(TrainerCallback):
 
     For ``TrainingArguments(save_only_model=True)``: Trainer itself then saves model and progress. They are saved before
     those, so that each of Trainer's checkpoints has its ``folder/step_<number>``, and loaded when a run resumes, at any
-    number of ranks; those of later steps are removed then, as Trainer overwrites its own.
+    number of ranks. A run that resumes earlier than it once was replaces what it comes to again, as Trainer does.
 
     Args:
         folder, keep: as for :class:`sharded_radam.CheckpointManager`; keep at least as many as Trainer does
@@ -110,14 +110,12 @@ class ShardsCallback(TrainerCallback):
                 "whole optimizer, too (ConsolidateCallback is for that)"
             )
         self._manager = CheckpointManager(self._folder, keep=self._keep)
-        newer = [step for step in self._manager.steps() if step > state.global_step]
-        if newer and not state.global_step:
+        steps = self._manager.steps()
+        if steps and not state.global_step:
             raise ValueError(
-                f"{self._folder} has checkpoints of steps {newer}, of another run: choose another folder, remove "
+                f"{self._folder} has checkpoints of steps {steps}, of another run: choose another folder, remove "
                 "them, or resume that run (resume_from_checkpoint=)"
             )
-        for step in newer if args.process_index == 0 else ():
-            remove(step_path(self._manager.folder, step))
         self._saved = state.global_step
         self._is_to_load = state.global_step > 0
 
@@ -140,6 +138,8 @@ class ShardsCallback(TrainerCallback):
         """After Trainer has saved, where nothing had said that it would (``save_strategy="best"``)."""
         assert self._manager is not None
         if self._saved != state.global_step:
+            if args.process_index == 0 and state.global_step in self._manager.steps():
+                remove(step_path(self._manager.folder, state.global_step))
             optimizer, scheduler = unwrap(kwargs["optimizer"]), kwargs["lr_scheduler"]
             self._manager.save(state.global_step, optimizer=optimizer, scheduler=scheduler)
             self._saved = state.global_step
