@@ -352,7 +352,8 @@ class Trainer:
         self.net, self.model = model, self.wrap(model)
         self.optimizer = make_optimizer(options.optimizer, model, options.lr, options.weight_decay)
         self.manager = CheckpointManager(options.save, keep=options.keep) if self.saves_directories() else None
-        if isinstance(self.optimizer, ShardedRAdam) and (options.metrics or options.tensorboard):
+        self.phases_before: dict[str, float] = {}
+        if isinstance(self.optimizer, ShardedRAdam) and self.writes_metrics():
             self.optimizer.time_phases()
         self.first_step = self.resume(model)
 
@@ -377,6 +378,9 @@ class Trainer:
 
     def saves_directories(self) -> bool:
         return self.options.save is not None and not self.options.consolidated
+
+    def writes_metrics(self) -> bool:
+        return bool(self.options.metrics or self.options.tensorboard)
 
     def resume(self, model: nn.Module) -> int:
         """Load the latest checkpoint below a folder, or that file; returns the step to go on from."""
@@ -426,8 +430,11 @@ class Trainer:
         return self.sum(*(peak_bytes(self.device) * (rank == self.rank) for rank in range(self.world_size)))
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds of the optimizer's phases on this rank, since the run began."""
-        return self.optimizer.stats().milliseconds if isinstance(self.optimizer, ShardedRAdam) else {}
+        """Milliseconds of the optimizer's phases on this rank since the last call, if anybody wants to know."""
+        if not (isinstance(self.optimizer, ShardedRAdam) and self.writes_metrics()):
+            return {}
+        before, self.phases_before = self.phases_before, self.optimizer.stats().milliseconds
+        return {name: now - before.get(name, 0.0) for name, now in self.phases_before.items()}
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -443,7 +450,6 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimization step; figures are means over the ranks, phases those of this one."""
-        before = self.phases()
         begin = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.options)
@@ -464,7 +470,6 @@ class Trainer:
         self.optimizer.step()
         self.synchronize()
         end = time.perf_counter()
-        phases = self.phases()
         loss, optimizer_ms, stops = self.sum(loss_sum.item(), (end - stepping) * 1e3, self.stop.came)
         self.is_stopping = stops > 0  # on all ranks at the same step
         return {
@@ -472,7 +477,7 @@ class Trainer:
             "grad_norm": float(norm),
             "lr": learning_rate(step, self.options),
             "optimizer_ms": optimizer_ms / self.world_size,
-            "phases_ms": {name: phases[name] - before.get(name, 0.0) for name in phases},
+            "phases_ms": self.phases(),
             "tokens_per_s": self.options.batch * self.options.context / (end - begin),
         }
 

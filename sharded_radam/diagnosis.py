@@ -20,7 +20,8 @@ from torch.nn import Parameter
 
 from sharded_radam.layout import describe
 from sharded_radam.optimizer import ShardedRAdam
-from sharded_radam.planning.estimate import OURS_SHARDED, estimates
+from sharded_radam.plan import make_plan
+from sharded_radam.planning.estimate import estimate_ours
 from sharded_radam.transport import Transport, make_transport
 
 VARIABLES = (
@@ -30,16 +31,15 @@ VARIABLES = (
 """What is often the reason when something is slow, or does not start."""
 
 
-def join(device: torch.device | None = None) -> Transport:
+def join(device_type: str | None = None) -> Transport:
     """Collective: the ranks that torchrun has started, or this process alone; returns the transport between them.
 
     Args:
-        device: instead of the GPU of this rank's local number, where there are GPUs, and the CPU otherwise.
+        device_type: "cpu", or "cuda" for the GPU of this rank's local number; the latter where there is one if None.
     """
-    if device is None:
-        has_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    device = torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -222,13 +222,8 @@ def bandwidth(transport: Transport, num_bytes: int, rounds: int = 5) -> tuple[di
     param = Parameter(source)
     optimizer = ShardedRAdam([param], shard_gradients=True)
     optimizer.time_phases()
-    (rows,) = [
-        row
-        for row in estimates(
-            describe(optimizer.param_groups, 0, False)[1], transport.world_size, device=transport.device.type
-        )
-        if row.optimizer == OURS_SHARDED
-    ]
+    plan = make_plan(describe(optimizer.param_groups, 0, False)[1], transport.world_size)
+    expected = estimate_ours(plan, transport.world_size, device=transport.device.type, shard_gradients=True)
     before = optimizer.stats()
     for index in range(7 + rounds):  # the first steps are not rectified
         torch.autograd.backward((param * 0.5).sum())
@@ -240,7 +235,7 @@ def bandwidth(transport: Transport, num_bytes: int, rounds: int = 5) -> tuple[di
             if index >= 7:
                 seconds.setdefault(phase, []).append(spent)
                 received = now.received_bytes.get(phase, 0) - before.received_bytes.get(phase, 0)
-                moved[phase] = float(rows.update_bytes if phase == "update" else received)
+                moved[phase] = float(expected.update_bytes if phase == "update" else received)
         before = now
     own = {name: moved[name] / min(times) if moved[name] and min(times) else None for name, times in seconds.items()}
     everyone = transport.all_gather_objects(own)

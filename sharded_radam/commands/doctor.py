@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 import sharded_radam.diagnosis as diagnosis
@@ -38,10 +37,7 @@ def add_to(topics: Any) -> None:
 def _doctor(options: Any) -> int:
     if not options.mb > 0:
         raise ValueError(f"--mb {options.mb}: expected a size in MiB above 0")
-    device = torch.device(options.device) if options.device else None
-    if device is not None and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    transport = diagnosis.join(device)
+    transport = diagnosis.join(options.device)
     try:
         machines = transport.all_gather_objects(diagnosis.machine())
         versions = transport.all_gather_objects(diagnosis.versions(__version__))

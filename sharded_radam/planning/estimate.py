@@ -223,8 +223,8 @@ def estimates(
         _zero_1(params, world_size),
         _zero_2(params, world_size),
         _fsdp(params, world_size),
-        _ours(plan, world_size, transport, device, shard_gradients=False),
-        _ours(plan, world_size, transport, device, shard_gradients=True),
+        estimate_ours(plan, world_size, transport, device, shard_gradients=False),
+        estimate_ours(plan, world_size, transport, device, shard_gradients=True),
     ]
     return [_timed(row, bandwidth) if bandwidth else row for row in found]
 
@@ -295,7 +295,10 @@ def _fsdp(params: Sequence[ParamSpec], world_size: int) -> Estimate:
     return Estimate("FSDP2 + RAdam", memory, moved, 2 * moved, _foreach_bytes(share))
 
 
-def _ours(plan: ShardPlan, world_size: int, transport: str, device: str, *, shard_gradients: bool) -> Estimate:
+def estimate_ours(
+    plan: ShardPlan, world_size: int, transport: str = "native", device: str = "cuda", *, shard_gradients: bool
+) -> Estimate:
+    """ShardedRAdam alone; arguments as in ``estimates``, which has its times too."""
     parameters = moments = masters = shards = update = 0
     bucket = native_bucket = temporaries = 0
     for flat in plan.flats:

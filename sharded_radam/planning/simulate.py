@@ -17,8 +17,8 @@ from torch.nn import Parameter
 
 from sharded_radam.optimizer import ShardedRAdam
 from sharded_radam.overview import Stats
-from sharded_radam.plan import ParamSpec
-from sharded_radam.planning.estimate import OURS, OURS_SHARDED, estimates, layout
+from sharded_radam.plan import ParamSpec, make_plan
+from sharded_radam.planning.estimate import estimate_ours, layout
 from sharded_radam.transport import NativeTransport, Transport
 
 LARGEST_WORLD_SIZE = 4096
@@ -120,22 +120,21 @@ def _compare(
     params: Sequence[ParamSpec], rank: int, world_size: int, bucket_cap_mb: float, shard_gradients: bool, built: Stats
 ) -> list[Check]:
     planned = layout(params, world_size, bucket_cap_mb)
-    name = OURS_SHARDED if shard_gradients else OURS
-    rows = {row.optimizer: row for row in estimates(params, world_size, bucket_cap_mb=bucket_cap_mb)}
-    memory = rows[name].memory
+    row = estimate_ours(make_plan(params, world_size, bucket_cap_mb), world_size, shard_gradients=shard_gradients)
+    memory = row.memory
     pairs = [
         ("elements", planned.numel, built.numel),
         ("padding, elements", planned.padding_numel, built.padding_numel),
         ("buckets", planned.num_buckets, built.num_buckets),
         ("bytes of state", memory.moments + memory.masters, built.state_bytes),
-        ("bytes of gathered parameters", rows[name].parameters_received, built.received_bytes["all_gather"]),
+        ("bytes of gathered parameters", row.parameters_received, built.received_bytes["all_gather"]),
         ("all-gathers", planned.num_buckets, built.collectives["all_gather"]),
     ]
     if shard_gradients:
         pairs += [
             ("bytes of gradients", memory.gradients, built.gradient_bytes),
             ("bytes of gradient buckets", memory.buckets, built.bucket_bytes),
-            ("bytes of reduced gradients", rows[name].gradients_received, built.received_bytes["reduce_scatter"]),
+            ("bytes of reduced gradients", row.gradients_received, built.received_bytes["reduce_scatter"]),
             ("reduce-scatters", planned.num_buckets, built.collectives["reduce_scatter"]),
         ]
-    return [Check(rank, f"{name}: {what}", planned, built) for what, planned, built in pairs]
+    return [Check(rank, f"{row.optimizer}: {what}", planned, built) for what, planned, built in pairs]
