@@ -111,6 +111,7 @@ def check_scaler(rank: int, world_size: int) -> None:
     plain.scale(ours.model(images(rank, 0))).backward()
     with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler does not see .* use sharded_radam\.GradScaler"):
         plain.step(ours.optimizer)
+    dist.barrier()  # others may be in that backward still, and what it sends is waited for by no step
     param = Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     scaler = GradScaler("cpu", init_scale=1.0)
