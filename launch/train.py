@@ -407,8 +407,14 @@ class Trainer:
         if self.manager is None:
             save_file(self.options.save, self.net, self.optimizer, step)
         else:
+            self.settle()
             # The position in the text is the step.
             self.manager.save(step, model=self.model, optimizer=self.optimizer, data={"step": step}, blocking=False)
+
+    def settle(self) -> None:
+        """Wait until the save in flight is done on all ranks: by collectives, which fail as soon as a rank is gone."""
+        while self.manager and self.sum(self.manager.is_saving)[0]:
+            time.sleep(0.02)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
@@ -547,6 +553,7 @@ class Trainer:
     def finish(self) -> None:
         """Wait for the last checkpoint, then leave the process group together."""
         if self.manager:
+            self.settle()
             self.manager.close()
             if self.rank == 0 and self.manager.last_report:
                 print(f"saved {self.manager.last_report}", flush=True)

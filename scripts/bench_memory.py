@@ -108,10 +108,10 @@ def measure(peer: str, shapes: list[tuple[int, ...]], store: str, rank: int, wor
     with Watch() as building:
         optimizer = peers.build(peer, params)
     for _ in range(2):
-        step(optimizer, shapes)
+        step(optimizer)
     with Watch() as stepping:
         for _ in range(STEPS):
-            step(optimizer, shapes)
+            step(optimizer)
     gc.collect()
     steady = psutil.Process().memory_info().rss
     dist.barrier()
@@ -128,12 +128,11 @@ def measure(peer: str, shapes: list[tuple[int, ...]], store: str, rank: int, wor
     }
 
 
-def step(optimizer: torch.optim.Optimizer, shapes: list[tuple[int, ...]]) -> None:
+def step(optimizer: torch.optim.Optimizer) -> None:
     """With gradients that exist, or, where they are released, with new ones."""
     if getattr(optimizer, "shards_gradients", False):
-        params = optimizer.param_groups[0]["params"]
-        for param, grad in zip(params, peers.make_grads(shapes, torch.device("cpu")), strict=True):
-            param.grad = grad
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.full_like(param, 1e-3)
     optimizer.step()
 
 

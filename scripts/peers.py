@@ -41,6 +41,7 @@ def small_shapes() -> list[tuple[int, ...]]:
 SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "gpt2": gpt2_shapes,
     "small": small_shapes,
+    "tiny": lambda: small_shapes()[:24],
     "one": lambda: [(50_000_000,)],
 }
 

@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from torch._C._distributed_c10d import FileStore
 
 WORLD_SIZES = (1, 2, 3, 4)
 _TIMEOUT_S = 60.0
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "torch.nn.parallel", "sharded_radam"])
+"""Makes processes that have these imported, which takes seconds, and nothing else."""
 
 
 class RankError(AssertionError):
@@ -53,14 +57,13 @@ def _serve(connection: Connection) -> None:
         connection.send(answer)
 
 
-_workers: list[tuple[SpawnProcess, Connection]] = []
+_workers: list[tuple[ForkServerProcess, Connection]] = []
 
 
 def _ensure(world_size: int) -> None:
-    context = multiprocessing.get_context("spawn")
     while len(_workers) < world_size:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         _workers.append((process, ours))

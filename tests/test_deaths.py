@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import multiprocessing
 import os
 import signal
 import time
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 
 from sharded_radam import ShardedRAdam
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "tests.test_deaths"])
+from tests.ranks import CONTEXT
 
 TIMEOUT_S = 10.0
 

@@ -20,8 +20,8 @@ FLAGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def steps(param: Tensor, lr: Tensor, *grads: Tensor, flags: dict[str, Any]) -> Tensor:
-    """Two parameters of several shards that take steps, as a function of their values, gradients and lr."""
+def steps(param: Tensor, lr: Tensor, grads: Tensor, *, flags: dict[str, Any]) -> Tensor:
+    """Two parameters of several shards that take steps, as a function of their values, lr and each step's gradients."""
     params = [param.clone(), param[:3].t().clone()]
     optimizer = ShardedRAdam(params, lr=lr, differentiable=True, betas=(0.8, 0.9), bucket_cap_mb=1e-3, **flags)
     for grad in grads:
@@ -33,11 +33,11 @@ def steps(param: Tensor, lr: Tensor, *grads: Tensor, flags: dict[str, Any]) -> T
 def check_gradients(_rank: int, _world_size: int) -> None:
     torch.manual_seed(0)
     param, lr = torch.randn(9, 15, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
-    grads = [torch.randn(9, 15, dtype=torch.float64) for _ in range(7)]
-    inputs = [tensor.requires_grad_() for tensor in (param, lr, *grads)]
+    grads = torch.randn(7, 9, 15, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (param, lr, grads)]
     for flags in FLAGS:
         assert torch.autograd.gradcheck(lambda *args: steps(*args, flags=flags), inputs, fast_mode=True)  # noqa: B023
-    few = [tensor.requires_grad_() for tensor in (param, lr, *grads[:6])]
+    few = [param, lr, grads[:6].detach().requires_grad_()]
     assert torch.autograd.gradgradcheck(lambda *args: steps(*args, flags=FLAGS[1]), few, fast_mode=True)
 
 
@@ -51,7 +51,7 @@ def check_slow_gradcheck(_rank: int, _world_size: int) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(70, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     lr = torch.tensor(0.1, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda p, g: steps(p.view(7, 10), lr, g.view(7, 10), flags={}), inputs)
+    assert torch.autograd.gradcheck(lambda p, g: steps(p.view(7, 10), lr, g.view(1, 7, 10), flags={}), inputs)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

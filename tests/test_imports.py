@@ -82,7 +82,7 @@ ALLOWED = {
     "commands.checkpoint": {"checkpoint.index", "checkpoint.tools", "checkpoint.verification", "commands.output"},
     "commands.doctor": {"commands.output", "diagnosis", "version"},
     "commands.plan": {"commands.output", "plan", *(f"planning.{n}" for n in ("estimate", "models", "simulate"))},
-    "diagnosis": {"layout", "optimizer", "planning.estimate", "transport"},
+    "diagnosis": {"layout", "optimizer", "plan", "planning.estimate", "transport"},
     "cli": {"checkpoint.agreement", "commands", *(f"commands.{name}" for name in ("checkpoint", "doctor", "plan"))},
     "__main__": {"cli"},
     "amp": {"optimizer"},

@@ -30,7 +30,7 @@ def test_recipe_trains_saves_and_resumes_as_radam_does(tmp_path: Path, program: 
         env={**environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-15000:]

@@ -201,6 +201,7 @@ def check_async(rank: int, world_size: int, folder: str) -> None:
             assert manager.save(3, model=model, optimizer=optimizer, scheduler=scheduler, blocking=False) is None
             steps(wrapped, optimizer, scheduler, 4, 6)
             assert committed_steps(Path(folder)) == []
+            assert manager.is_saving
             threading.Timer(0.2, go.set).start()
             manager.save(
                 6, model=model, optimizer=optimizer, scheduler=scheduler, blocking=False
@@ -213,6 +214,7 @@ def check_async(rank: int, world_size: int, folder: str) -> None:
             final = manager.wait()
             assert final is not None
             assert final.path.name == "step_6"
+            assert not manager.is_saving
             assert f"{final.num_bytes / 1e6:.1f} MB of this rank" in str(final)
             assert final.num_bytes > sum(p.nbytes for p in model.parameters()) // world_size
     finally:

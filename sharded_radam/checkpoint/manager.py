@@ -47,7 +47,7 @@ class Restored:
 
 
 class CheckpointManager:
-    """Saves to, and loads from, ``folder/step_<number>``; every method is collective.
+    """Saves to, and loads from, ``folder/step_<number>``; every method is collective, but for those that say so.
 
     A checkpoint has the model, the optimizer (a ShardedRAdam), the scheduler, each rank's random number generators,
     each rank's data position, and what the user adds; all by names, so that it loads at any world size. It is
@@ -167,6 +167,11 @@ class CheckpointManager:
                     directory.remove(path)
                 except OSError as error:  # the new checkpoint is there: no reason to end the training
                     logger.warning("could not remove the old checkpoint %s: %s", path, error)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight on this rank; not collective."""
+        return self._in_flight is not None and not self._in_flight.done()
 
     def wait(self) -> SaveReport | None:
         """Wait for the save in flight; raises what it failed with. Returns the report of the last save."""
