@@ -351,7 +351,9 @@ class Trainer:
         model = GPT(sizes).to(self.device)
         self.net, self.model = model, self.wrap(model)
         self.optimizer = make_optimizer(options.optimizer, model, options.lr, options.weight_decay)
-        self.manager = CheckpointManager(options.save, keep=options.keep) if self.saves_directories() else None
+        self.manager: CheckpointManager | None = None
+        if self.saves_directories():
+            self.manager = CheckpointManager(options.save, keep=options.keep, timeout=options.save_timeout)
         self.phases_before: dict[str, float] = {}
         if isinstance(self.optimizer, ShardedRAdam) and self.writes_metrics():
             self.optimizer.time_phases()
@@ -589,6 +591,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=100)
     add("--save", type=Path, help="folder for checkpoints, saved at the end and every --save-every steps")
     add("--save-every", type=int, default=1000)
+    add("--save-timeout", type=float, default=600.0, help="seconds to wait for a rank that does not join a save")
     add("--keep", type=int, default=3, help="number of checkpoints to keep")
     add("--resume", type=Path, help="folder of whose latest checkpoint to go on, saved at any number of ranks")
     add("--auto-resume", action="store_true", help="go on from the latest checkpoint of --save, if there is one")

@@ -21,7 +21,7 @@ from tests.test_train import ROOT, SMALL, environment, metrics, train, wait_for
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STOPPED = 75
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def check_continued(folder: Path, uninterrupted: dict[int, float]) -> None:
     verify(read_index(folder / "checkpoints" / f"step_{last}"))
 
 
-@pytest.mark.parametrize(("ranks", "victim", "number"), [(3, "1", "SIGUSR1"), (2, "all", "SIGTERM")])
+@pytest.mark.parametrize(("ranks", "victim", "number"), [(3, "1", "SIGTERM"), (2, "all", "SIGTERM")])
 def test_asked_to_stop_all_ranks_save_the_same_step(
     tmp_path: Path, uninterrupted: dict[int, float], ranks: int, victim: str, number: str
 ) -> None:
@@ -120,7 +120,7 @@ def test_alone_the_exit_status_says_that_there_is_more_to_do(tmp_path: Path) -> 
     log = tmp_path / "log"
     with started(log, sys.executable, *flags(tmp_path, 10**6)) as process:
         wait(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3, log)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == STOPPED
     stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
     with started(log, sys.executable, *flags(tmp_path, stopped_at + 2)) as process:
@@ -183,6 +183,7 @@ def test_hosts_come_and_go(tmp_path: Path, uninterrupted: dict[int, float]) -> N
     timings = "--rdzv-conf=store_type=file,last_call_timeout=1,keep_alive_interval=1"
     launch = (*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.1")
     command = (*launch, *rendezvous, timings, "--local-addr=127.0.0.1", *flags(tmp_path, 10**6, save_every=5))
+    command += ("--save-timeout", 15)  # the launcher that is left does not know, and ends nobody
 
     def sizes() -> list[int]:
         """World sizes in the order of starts."""
@@ -199,7 +200,7 @@ def test_hosts_come_and_go(tmp_path: Path, uninterrupted: dict[int, float]) -> N
             wait(lambda: sizes() and sizes()[-1] == 2 and went_on(0), logs[0])
             kill_all(two)
         lost_at = committed_steps(tmp_path / "checkpoints")[-1]
-        wait(lambda: sizes()[-1] == 1 and went_on(lost_at), logs[0])
+        wait(lambda: sizes()[-1] == 1 and went_on(lost_at), logs[0], 100)
         with started(logs[2], *command) as three:
             wait(lambda: sizes()[-1] == 2, logs[2])
             joined_at = max(losses(tmp_path))

@@ -135,7 +135,7 @@ def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path,
         ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "launch/train.py" in p.cmdline()]
         killed = next(p for p in ranks if p.environ().get("LOCAL_RANK") == str(victim))
         killed.send_signal(signal.SIGKILL)
-        assert launcher.wait(timeout=60) != 0
+        assert launcher.wait(timeout=90) != 0
     finally:
         for process in psutil.Process(launcher.pid).children(recursive=True) if launcher.poll() is None else []:
             process.kill()
