@@ -93,7 +93,8 @@ class Agreement:
         else:
             self._set(str(self._peers.rank), post)
             found = self._get("verdict", time.monotonic() + 2 * self._timeout + 1)
-            verdict = found or {"failure": f"{self._what}: rank 0 did not come within {2 * self._timeout:g} s"}
+            late = f"{self._what}: rank 0 did not come within {2 * self._timeout:g} s, or has ended"
+            verdict = found or {"failure": late}
         if "failure" in verdict:
             raise CheckpointError(verdict["failure"]) from problem
         return verdict["value"]
