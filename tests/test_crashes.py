@@ -116,10 +116,10 @@ def check_killed(rank: int, world_size: int, folder: str) -> None:
     for victim in range(world_size):
         for stage in STAGES:
             place = Path(folder, f"{world_size}-{victim}-{stage.replace(' ', '-')}")
-            manager = CheckpointManager(place, timeout=0.4)
+            manager, impatient = CheckpointManager(place, timeout=20), CheckpointManager(place, timeout=0.6)
             manager.save(1, optimizer=old)
 
-            def save(stage: str = stage, victim: int = victim, manager: CheckpointManager = manager) -> None:
+            def save(stage: str = stage, victim: int = victim, manager: CheckpointManager = impatient) -> None:
                 if rank == victim:
                     die_at(stage, rank)
                 manager.save(2, optimizer=new)
@@ -154,7 +154,7 @@ def check_killed(rank: int, world_size: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_sigkill_of_each_rank_at_each_stage(tmp_path: Path, world_size: int) -> None:
-    run(check_killed, world_size, str(tmp_path), timeout=110)
+    run(check_killed, world_size, str(tmp_path), timeout=200)
 
 
 # Failures
@@ -198,10 +198,10 @@ def check_failures(rank: int, world_size: int, folder: str) -> None:
         begin = time.monotonic()
         if rank < last:
             for call in (
-                lambda: optimizer.save(place / "c", timeout=0.5),
-                lambda: optimizer.load(place / "good", timeout=0.5),
+                lambda: optimizer.save(place / "c", timeout=1.5),
+                lambda: optimizer.load(place / "good", timeout=1.5),
             ):
-                with pytest.raises(CheckpointError, match=f"rank {last} did not come within 0.5 s"):
+                with pytest.raises(CheckpointError, match=f"rank {last} did not come within 1.5 s"):
                     call()
             assert not (place / "c").exists()
         else:  # it counts the two calls that it did not make
