@@ -90,7 +90,9 @@ def check_continued(folder: Path, uninterrupted: dict[int, float]) -> None:
     verify(read_index(folder / "checkpoints" / f"step_{last}"))
 
 
-@pytest.mark.parametrize(("ranks", "victim", "number"), [(3, "1", "SIGTERM"), (2, "all", "SIGTERM")])
+@pytest.mark.parametrize(
+    ("ranks", "victim", "number"), [(2, "1", "SIGTERM"), (3, "0", "SIGUSR1"), (2, "all", "SIGTERM")]
+)
 def test_asked_to_stop_all_ranks_save_the_same_step(
     tmp_path: Path, uninterrupted: dict[int, float], ranks: int, victim: str, number: str
 ) -> None:
@@ -120,7 +122,7 @@ def test_alone_the_exit_status_says_that_there_is_more_to_do(tmp_path: Path) -> 
     log = tmp_path / "log"
     with started(log, sys.executable, *flags(tmp_path, 10**6)) as process:
         wait(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3, log)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == STOPPED
     stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
     with started(log, sys.executable, *flags(tmp_path, stopped_at + 2)) as process:

@@ -62,16 +62,17 @@ def test_saves_resumes_and_continues_at_other_world_sizes(tmp_path: Path) -> Non
     assert [record["step"] for record in whole] == list(range(1, 15))
     assert whole[-1]["loss"] < whole[0]["loss"]
     assert {"loss", "grad_norm", "lr", "optimizer_ms", "tokens_per_s"} < whole[0].keys()
-    file = tmp_path / "3.jsonl"
-    train(3, "--steps", 14, "--resume", one, "--metrics", file)
-    started, *resumed = metrics(file)
-    assert started == {"step": 8, "started_ranks": 3}
-    assert resumed[0]["validation_loss"] == pytest.approx(
-        metrics(tmp_path / "8.jsonl")[-2]["validation_loss"], rel=1e-5
-    )
-    assert resumed[-1]["ranks"] == 3
-    losses = [record["loss"] for record in resumed if "loss" in record]
-    assert losses == pytest.approx([record["loss"] for record in whole[8:]], rel=1e-4)
+    for ranks in (1, 3):
+        file = tmp_path / f"{ranks}.jsonl"
+        train(ranks, "--steps", 14, "--resume", one, "--metrics", file)
+        started, *resumed = metrics(file)
+        assert started == {"step": 8, "started_ranks": ranks}
+        assert resumed[0]["validation_loss"] == pytest.approx(
+            metrics(tmp_path / "8.jsonl")[-2]["validation_loss"], rel=1e-5
+        )
+        assert resumed[-1]["ranks"] == ranks
+        losses = [record["loss"] for record in resumed if "loss" in record]
+        assert losses == pytest.approx([record["loss"] for record in whole[8:]], rel=1e-4)
 
 
 def test_all_flags_and_peers(tmp_path: Path) -> None:
@@ -101,9 +102,9 @@ def test_all_flags_and_peers(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path: Path) -> None:
-    done = train(0, "--steps", 1, "--batch", 7, "--accumulate", 2, check=False)
+    done = train(2, "--steps", 1, "--batch", 7, check=False)
     assert done.returncode != 0
-    assert "--batch 7 must be a multiple of ranks x --accumulate = 1 x 2" in done.stderr
+    assert "--batch 7 must be a multiple of ranks x --accumulate = 2 x 1" in done.stderr
     empty = tmp_path / "empty.txt"
     empty.write_text("nothing")
     done = train(0, "--steps", 1, "--data", empty, check=False)
