@@ -1,5 +1,6 @@
 """RAdam with its state sharded over data-parallel ranks, for PyTorch."""
 
+import sharded_radam.compat  # noqa: F401  (first, since it says so if torch is too old)
 from sharded_radam.amp import GradScaler
 from sharded_radam.checkpoint import CheckpointError, CheckpointManager
 from sharded_radam.optimizer import ShardedRAdam

@@ -25,6 +25,7 @@ from sharded_radam.checkpoint.agreement import Peers
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.saving import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
+from sharded_radam.compat import check_graph_capture
 from sharded_radam.flat import Flat
 from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
@@ -288,7 +289,7 @@ class ShardedRAdam(RAdam, Joinable):
                 is changed or sent. With ``shard_gradients``: a rank is gone or does something else; on all ranks, with
                 ``check_gradients``, a gradient is not finite.
         """
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

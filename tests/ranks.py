@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-WORLD_SIZES = (1, 2, 3, 4)
+WORLD_SIZES: tuple[int, ...] = (1, 2, 3, 4)
 _TIMEOUT_S = 60.0
 
 CONTEXT = multiprocessing.get_context("forkserver")

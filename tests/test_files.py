@@ -15,6 +15,8 @@ from sharded_radam.checkpoint import directory
 from sharded_radam.checkpoint.decode import decode
 from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),

@@ -18,6 +18,8 @@ from sharded_radam.memory import dim_order, flatten, unflatten
 from tests.cases import make_params, set_grads
 from tests.ranks import WORLD_SIZES, run
 
+pytestmark = pytest.mark.quick
+
 MOVES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "to(dtype)": (lambda m: m.to(torch.float64), r"was torch\.float32 and is now torch\.float64"),
     "half": (lambda m: m.half(), r"was torch\.float32 and is now torch\.float16"),

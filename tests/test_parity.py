@@ -13,6 +13,8 @@ from sharded_radam import ShardedRAdam
 from tests.cases import HYPERPARAMETERS, STEPS, assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
 
+pytestmark = pytest.mark.quick
+
 CAPS = (25.0, 1e-3)
 """One bucket for all, and buckets that cut parameters."""
 
@@ -148,7 +150,7 @@ def check_tensor_lr(_rank: int, _world_size: int) -> None:
     for shape in ((), (1,)):
         ours, theirs = make_params(), make_params()
         sharded = ShardedRAdam(ours, lr=torch.full(shape, 0.01), foreach=True)
-        radam = torch.optim.RAdam(theirs, lr=torch.full(shape, 0.01), foreach=True)
+        radam = torch.optim.RAdam(theirs, lr=torch.tensor(0.01), foreach=True)  # torch 2.6 fails for (1,)
         train(sharded, ours)
         train(radam, theirs)
         assert_same(ours, theirs)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from sharded_radam import plan as plans
 from sharded_radam.plan import ALIGNMENT, ParamSpec, first_difference, make_plan
 
+pytestmark = pytest.mark.quick
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

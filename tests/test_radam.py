@@ -12,6 +12,8 @@ from sharded_radam import radam as ours
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, scalars, update_
 from tests.cases import HYPERPARAMETERS, STEPS, reference_radam
 
+pytestmark = pytest.mark.quick
+
 ENGINES: tuple[Engine, ...] = ("for-loop", "foreach", "fused")
 NUMEL = 1031
 FUSED_ULPS = 2

@@ -23,6 +23,8 @@ from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_flat import Allocations
 
+pytestmark = pytest.mark.quick
+
 SAVED_AT, END = 8, 14
 
 

@@ -16,11 +16,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.compat import ALL_GATHER
 from sharded_radam.transport import make_transport
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
 
-COLLECTIVES = ("all_gather_single", "isend", "irecv", "all_reduce", "broadcast", "all_gather_object", "barrier")
+COLLECTIVES = (ALL_GATHER, "isend", "irecv", "all_reduce", "broadcast", "all_gather_object", "barrier")
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def check_counts(rank: int, world_size: int) -> None:
         with counted() as at_construction:
             optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
         # The digests of the layout, and before them their lengths.
-        two = {"all_gather_single": 2} if transport == "native" else {"isend": 2 * (world_size - 1)}
+        two = {ALL_GATHER: 2} if transport == "native" else {"isend": 2 * (world_size - 1)}
         del at_construction["irecv"], at_construction["bytes sent"]
         assert at_construction == (two if world_size > 1 else {})
         (flat,) = optimizer._flats
@@ -63,7 +64,7 @@ def check_counts(rank: int, world_size: int) -> None:
                 sent = flat.plan.local_numel * 4 * (world_size - 1)
                 assert counts == {"isend": messages, "irecv": messages, "bytes sent": sent}
             else:
-                assert counts == {"all_gather_single": flat.plan.num_buckets}
+                assert counts == {ALL_GATHER: flat.plan.num_buckets}
         with counted() as counts:
             optimizer.consolidate_state_dict(to=world_size - 1)
         # Moments travel as they are, bucket by bucket, to one rank; nothing is pickled or broadcast.

@@ -21,7 +21,8 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+
+from sharded_radam.compat import own_connection
 
 
 class CheckpointError(RuntimeError):
@@ -41,13 +42,13 @@ class Peers:
         """The ranks of a group (None: the default one, or this process alone where there is none)."""
         if not dist.is_available() or not dist.is_initialized():
             return Peers(0, 1, None)
-        ranks = dist.get_process_group_ranks(group)
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         if len(ranks) == 1:
             return Peers(0, 1, None)
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         # A connection of its own, since one that waits for a message lets nobody else ask for anything.
-        store = cast("Any", dist.distributed_c10d._get_default_store()).clone()
-        return Peers(dist.get_rank(group), len(ranks), PrefixStore(f"sharded_radam/{name}", store))
+        store = own_connection(dist.distributed_c10d._get_default_store())
+        return Peers(dist.get_rank(group), len(ranks), cast("Any", dist).PrefixStore(f"sharded_radam/{name}", store))
 
 
 class Agreement:

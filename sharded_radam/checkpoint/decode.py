@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_radam.checkpoint.closed import ClosedDict, Record
+
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
 
@@ -74,45 +76,56 @@ def decode(content: memoryview) -> Tensor | None:
             order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
             if order.decode() != sys.byteorder or any(info.compress_type for info in records.values()):
                 return None
-            found = _Unpickler(archive.read(records["data.pkl"]), content, records).load()
+            return _tensor(_Unpickler(io.BytesIO(archive.read(records["data.pkl"]))).load(), content, records)
     except Exception:  # not plain, or damaged, which raises whatever it likes: torch.load says what is wrong
         return None
-    return found if isinstance(found, Tensor) else None
+
+
+class _Tensor(Record):
+    """Stands for the call that makes a tensor of a storage."""
+
+    __slots__ = ()
+
+
+class _Storage(Record):
+    __slots__ = ()
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors only, and makes them by functions of its own."""
-
-    def __init__(self, pickled: bytes, content: memoryview, records: dict[str, zipfile.ZipInfo]) -> None:
-        super().__init__(io.BytesIO(pickled))
-        self._content, self._records = content, records
+    """Knows tensors only, and keeps what the file says of them."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return _Tensor
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return ClosedDict
         if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
+            return Record(name)
         raise _NotPlainError
 
-    def persistent_load(self, saved_id: Any) -> Tensor:
-        kind, dtype, key, _, numel = saved_id
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise _NotPlainError
-        info = self._records[f"data/{key}"]
-        name_length, extra_length = _LOCAL_HEADER.unpack_from(self._content, info.header_offset)
-        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if numel * dtype.itemsize != info.file_size or start + info.file_size > len(self._content):
-            raise _NotPlainError
-        if not numel:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self._content, dtype=dtype, count=numel, offset=start)
+    def persistent_load(self, saved_id: Any) -> Any:
+        return _Storage(*saved_id)
 
 
-def _rebuild(
-    storage: Tensor, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, metadata: Any = None
-) -> Tensor:
-    if not isinstance(storage, Tensor) or metadata:  # which says whether it is a conjugate or negative view
+def _tensor(found: Any, content: memoryview, records: dict[str, zipfile.ZipInfo]) -> Tensor:
+    """Make the tensor: storage, offset, size, stride, requires_grad, hooks; conjugate and negative views have more."""
+    if type(found) is not _Tensor or found.state is not None or any(found.args[6:]) or len(found.args) < 6:
         raise _NotPlainError
-    return storage.as_strided(tuple(size), tuple(stride), offset)
+    storage, offset, size, stride = found.args[:4]
+    return _elements(storage, content, records).as_strided(tuple(size), tuple(stride), offset)
+
+
+def _elements(storage: Any, content: memoryview, records: dict[str, zipfile.ZipInfo]) -> Tensor:
+    if type(storage) is not _Storage:
+        raise _NotPlainError
+    kind, name, key, _, numel = storage.args
+    if kind != "storage" or type(name) is not Record:
+        raise _NotPlainError
+    dtype, info = _DTYPES[name.args[0]], records[f"data/{key}"]
+    name_length, extra_length = _LOCAL_HEADER.unpack_from(content, info.header_offset)
+    start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    if numel * dtype.itemsize != info.file_size or start + info.file_size > len(content):
+        raise _NotPlainError
+    if not numel:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, count=numel, offset=start)

@@ -1,67 +1,24 @@
 """What is in a checkpoint, and where: ``.metadata`` of torch.distributed.checkpoint, and ``manifest.json`` of ours.
 
-``.metadata`` is a pickle, so it is read by an unpickler that knows its classes and nothing else. The manifest has what
-torch's format lacks: the length and CRC-32 of every chunk of every file, ``.metadata`` included, and of itself.
-Checkpoints that torch.distributed.checkpoint wrote have none, and can be read without checks.
+The manifest has what torch's format lacks: the length and CRC-32 of every chunk of every file, ``.metadata`` included,
+and of itself. Checkpoints that torch.distributed.checkpoint wrote have none, and can be read without checks.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
-import pickle
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sharded_radam.checkpoint.files import DamagedError, Extent
+from sharded_radam.checkpoint.metadata import Content, SavedTensor, pack, unpack
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 _FORMAT = 1
-
-_ALLOWED = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "torch": {"Size"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.serialization": {"_get_layout"},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """The elements of a tensor at ``offsets``, ``sizes`` of them, and where they are stored."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    extent: Extent
-
-
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
-    """A tensor and the boxes it was saved in."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +72,7 @@ def write_index(
     info: Mapping[str, Any],
 ) -> None:
     """Write ``.metadata`` and ``manifest.json`` for data files that are complete; not yet waiting for the disk."""
-    metadata = _pack(tensors, objects, paths)
+    metadata = pack(tensors, objects, paths)
     files: dict[str, dict[int, tuple[int, int]]] = {}
     for extent in [*(box.extent for tensor in tensors.values() for box in tensor.boxes), *objects.values()]:
         assert extent.crc32 is not None
@@ -142,11 +99,14 @@ def read_index(folder: Path) -> Index:
     digest = zlib.crc32(content)
     if manifest and manifest.files.get(METADATA) != [(len(content), digest)]:
         raise DamagedError(f"{folder / METADATA} has other bytes than were saved: it is damaged")
-    metadata = _Unpickler(io.BytesIO(content), folder / METADATA).read()
     try:
-        return _unpack(folder, metadata, manifest, digest)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder / METADATA} does not describe a checkpoint: {error!r}") from error
+        found = unpack(content)
+    except ValueError as error:  # one of ours: DamagedError, ForbiddenError
+        raise type(error)(f"{folder / METADATA}: {error}") from error
+    tensors, objects, paths = _with_checksums(folder, found, manifest)
+    if not paths:
+        paths = {key: tuple(key.split(".")) for key in [*tensors, *objects]}
+    return Index(folder, tensors, objects, paths, manifest, digest)
 
 
 def _no_checkpoint(folder: Path) -> str:
@@ -182,96 +142,28 @@ def _read_manifest(folder: Path) -> Manifest | None:
         raise DamagedError(f"{path} cannot be read: {error}") from error
 
 
-class _Unpickler(pickle.Unpickler):
-    """Of torch's metadata classes only. No name that it allows can call anything but its own constructor."""
-
-    def __init__(self, file: io.BytesIO, path: Path) -> None:
-        super().__init__(file)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if name not in _ALLOWED.get(module, ()):
-            raise ValueError(
-                f"{self._path} asks for {module}.{name}, which no checkpoint needs: it was not read, since loading it "
-                "could run code of whoever wrote it"
-            )
-        return super().find_class(module, name)
-
-    def read(self) -> Any:
-        """The one object in it.
-
-        Raises:
-            ValueError: a class that is not allowed, or no pickle.
-        """
-        try:
-            return self.load()
-        except ValueError:
-            raise
-        except Exception as error:  # a pickle of which bits were flipped raises whatever it likes
-            raise DamagedError(f"{self._path} cannot be read: {error!r}") from error
-
-
-def _pack(
-    tensors: Mapping[str, SavedTensor], objects: Mapping[str, Extent], paths: Mapping[str, tuple[str | int, ...]]
-) -> bytes:
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    described: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
-    stored: dict[Any, Any] = {
-        MetadataIndex(key): _StorageInfo(extent.file, extent.start, extent.length) for key, extent in objects.items()
-    }
-    for key, tensor in tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in tensor.boxes]
-        described[key] = TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks)
-        for number, box in enumerate(tensor.boxes):
-            where = _StorageInfo(box.extent.file, box.extent.start, box.extent.length)
-            stored[MetadataIndex(key, torch.Size(box.offsets), number)] = where
-    return pickle.dumps(Metadata(described, planner_data=dict(paths), storage_data=stored))
-
-
-def _unpack(folder: Path, metadata: Any, manifest: Manifest | None, digest: int) -> Index:
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-
+def _with_checksums(folder: Path, content: Content, manifest: Manifest | None) -> Content:
+    """The content with the manifest's checksum in each extent."""
+    if manifest is None:
+        return content
     checksums = _checksums(manifest)
 
-    def extent(stored: Any) -> Extent:
-        file = stored.relative_path
-        if Path(file).name != file:
-            raise DamagedError(f"{folder / METADATA} names the file {file!r}, which is not in its directory")
-        if getattr(stored, "transform_descriptors", None):
-            raise ValueError(f"{folder / METADATA}: {file} is compressed or encrypted, which cannot be read here")
-        found = checksums.get((file, stored.offset))
-        if manifest and (found is None or found[0] != stored.length):
-            raise DamagedError(f"{folder / MANIFEST} has no checksum for byte {stored.offset} of {file}")
-        return Extent(file, stored.offset, stored.length, found[1] if found else None)
+    def checked(extent: Extent) -> Extent:
+        length, crc32 = checksums.get((extent.file, extent.start), (None, None))
+        if length != extent.length:
+            raise DamagedError(f"{folder / MANIFEST} has no checksum for byte {extent.start} of {extent.file}")
+        return extent._replace(crc32=crc32)
 
-    tensors, objects = {}, {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            objects[key] = extent(metadata.storage_data[MetadataIndex(key)])
-            continue
-        boxes = []
-        for chunk in entry.chunks:
-            where = extent(metadata.storage_data[MetadataIndex(key, chunk.offsets)])
-            boxes.append(Box(tuple(chunk.offsets), tuple(chunk.sizes), where))
-        tensors[key] = SavedTensor(entry.properties.dtype, tuple(entry.size), tuple(boxes))
-    paths = metadata.planner_data or {key: tuple(key.split(".")) for key in metadata.state_dict_metadata}
-    return Index(folder, tensors, objects, paths, manifest, digest)
+    tensors = {
+        key: replace(tensor, boxes=tuple(replace(box, extent=checked(box.extent)) for box in tensor.boxes))
+        for key, tensor in content.tensors.items()
+    }
+    return content._replace(tensors=tensors, objects={key: checked(at) for key, at in content.objects.items()})
 
 
-def _checksums(manifest: Manifest | None) -> dict[tuple[str, int], tuple[int, int]]:
+def _checksums(manifest: Manifest) -> dict[tuple[str, int], tuple[int, int]]:
     found = {}
-    for file, chunks in (manifest.files if manifest else {}).items():
+    for file, chunks in manifest.files.items():
         at = 0
         for length, crc32 in chunks:
             found[file, at] = (length, crc32)

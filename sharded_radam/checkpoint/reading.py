@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
-from sharded_radam.checkpoint.index import Index, SavedTensor
+from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.metadata import SavedTensor
 from sharded_radam.checkpoint.verification import check_coverage
 
 _AHEAD_BYTES = 32 * 2**20

@@ -20,7 +20,8 @@ import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
 from sharded_radam.checkpoint.contents import Staging, contents
 from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
-from sharded_radam.checkpoint.index import MANIFEST, METADATA, Box, SavedTensor, write_index
+from sharded_radam.checkpoint.index import MANIFEST, METADATA, write_index
+from sharded_radam.checkpoint.metadata import Box, SavedTensor
 from sharded_radam.checkpoint.verification import check_coverage
 
 _SEEN_WITHIN_S = 10.0

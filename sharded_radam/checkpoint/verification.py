@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
-from sharded_radam.checkpoint.index import Index, SavedTensor
+from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.metadata import SavedTensor
 
 
 def check_coverage(tensors: Mapping[str, SavedTensor]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from sharded_radam.compat import all_gather_single, reduce_scatter_single
 from sharded_radam.transport.base import Handle, Transport, as_bytes
 from sharded_radam.transport.reducers import HALF_DTYPES, UNDER_WAY, Queue, Reducer, sum_, typed
 
@@ -26,7 +26,7 @@ class NativeTransport(Transport):
     def all_gather(self, bucket: Tensor) -> list[Handle]:
         output = as_bytes(bucket)
         own = output.chunk(self.world_size)[self.rank]
-        work = dist.all_gather_single(output, own, group=self.group, async_op=True)
+        work = all_gather_single(output, own, self.group)
         return [Handle(work, output, own)]
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
@@ -59,7 +59,7 @@ class NativeReducer(Reducer):
 
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
         shard = self._bucket.chunk(self._transport.world_size)[self._transport.rank]
-        work = dist.reduce_scatter_single(shard, self._bucket, group=self._transport.group, async_op=True)
+        work = reduce_scatter_single(shard, self._bucket, self._transport.group)
         self._queue.add(partial(self._complete, Handle(work, shard), shard, out, accumulate))
         self._slots.rotate(-1)
 
