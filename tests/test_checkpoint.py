@@ -60,7 +60,7 @@ def quietly(action: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def save_training(_rank: int, world_size: int, folder: str) -> None:
     model, optimizer = named("as saved")
     unsent = [name for name, param in model.named_parameters() if param.is_complex()]  # Gloo of torch 2.8 cannot
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
     module: nn.Module = DistributedDataParallel(model)
     train(optimizer, model, 1, SAVED_AT)
     before = [tensor.clone() for state in optimizer.state.values() for tensor in state.values()]
