@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The main job: train a GPT on real text with ShardedRAdam, save, resume at another number of ranks, and compare the
-# optimizer with ZeroRedundancyOptimizer. On a fresh machine it makes .venv first. Files are left in runs/demo, or
-# DEMO_OUTPUT; DEMO_FLAGS are more flags of launch/train.py, such as another size of the model.
+# optimizer with ZeroRedundancyOptimizer. On a fresh machine it makes .venv first; scripts/venv.sh says
+# which variables choose another Python, torch or environment. Files are left in runs/demo, or DEMO_OUTPUT; DEMO_FLAGS are
+# more flags of launch/train.py, such as another size of the model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -16,7 +17,7 @@ if [ "$gpus" -gt 0 ]; then first=$gpus other=$(((gpus + 1) / 2)); else first=2 o
 train() { # ranks, metrics file, flags
     local ranks=$1 metrics=$2
     shift 2
-    torchrun --standalone --nproc-per-node="$ranks" launch/train.py --schedule-steps 130 --batch $((first * other * 4)) \
+    python -m torch.distributed.run --standalone --nproc-per-node="$ranks" launch/train.py --schedule-steps 130 --batch $((first * other * 4)) \
         --metrics "$out/$metrics" "$@" ${DEMO_FLAGS:-}
 }
 
@@ -24,9 +25,9 @@ echo "== $first ranks, 100 steps, saved in the background after 40, 80 and 100"
 train "$first" first.jsonl --steps 100 --save "$out/checkpoints" --save-every 40
 echo "== resumed on $other ranks, 30 steps more"
 train "$other" resumed.jsonl --steps 130 --resume "$out/checkpoints" --save "$out/checkpoints"
-sharded-radam checkpoint verify "$out/checkpoints/step_130"
+python -m sharded_radam checkpoint verify "$out/checkpoints/step_130"
 echo "== the same by way of one consolidated file"
-sharded-radam checkpoint consolidate "$out/checkpoints/step_130" "$out/radam.pt"
+python -m sharded_radam checkpoint consolidate "$out/checkpoints/step_130" "$out/radam.pt"
 train "$first" consolidated.jsonl --steps 5 --consolidated --save "$out/whole.pt"
 train "$other" consolidated.jsonl --steps 8 --consolidated --resume "$out/whole.pt"
 echo "== $first ranks with ZeroRedundancyOptimizer, 25 steps"

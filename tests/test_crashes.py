@@ -44,7 +44,7 @@ def pair(steps: int) -> Pair:
 
 
 def state_bits(optimizer: ShardedRAdam) -> list[bytes]:
-    return [bytes(t.numpy().tobytes()) for s in optimizer.state.values() for t in s.values()]
+    return [bytes(t.reshape(-1).view(torch.uint8).tolist()) for s in optimizer.state.values() for t in s.values()]
 
 
 # Killed

@@ -15,8 +15,8 @@ import torch
 import sharded_radam
 from sharded_radam import ShardedRAdam, diagnosis
 from sharded_radam.cli import main
+from tests.programs import ROOT, environment
 from tests.ranks import WORLD_SIZES, run
-from tests.test_train import ROOT, environment
 
 CHECKS = ["bits of torch.optim.RAdam(foreach=True)", "sharded gradients"]
 

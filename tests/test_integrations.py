@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import ROOT, environment
+from tests.programs import ROOT, environment
 
 LIBRARIES = {
     "trainer": "transformers",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_train import ROOT
+from tests.programs import ROOT
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
 FOLDER = ROOT / "launch" / "kubernetes"

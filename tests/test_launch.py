@@ -10,14 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
 from sharded_radam.checkpoint.directory import committed_steps
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.verification import verify
-from tests.test_train import ROOT, SMALL, environment, metrics, train, wait_for
+from tests.programs import ROOT, SMALL, environment, metrics, train, wait_for
+
+psutil = pytest.importorskip("psutil")
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STOPPED = 75
@@ -47,7 +49,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def workers(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
+def workers(launcher: subprocess.Popen[bytes]) -> dict[int, Any]:
     """Ranks -> their processes."""
     children = psutil.Process(launcher.pid).children(recursive=True)
     return {int(p.environ()["RANK"]): p for p in children if "launch/train.py" in p.cmdline()}

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -114,6 +113,8 @@ def test_all_of_a_training(tmp_path: Path, saved_at: int) -> None:
 
 
 def check_random_states(rank: int, world_size: int, folder: str) -> None:
+    import numpy as np
+
     manager = CheckpointManager(folder)
 
     def draw() -> tuple[float, ...]:
@@ -137,6 +138,7 @@ def check_random_states(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_random_states_come_back_to_each_rank(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
     for world_size in (4, 3, 1):
         run(check_random_states, world_size, str(tmp_path))
     run(check_random_states, 2, str(tmp_path / "two"))

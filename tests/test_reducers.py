@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +24,8 @@ from sharded_radam.transport import make_transport, signals
 from sharded_radam.transport.reducers import CHUNK_NUMEL, sum_
 from sharded_radam.transport.shared_memory import SLOTS, SharedMemoryTransport
 from tests.ranks import WORLD_SIZES, RankError, run
+
+psutil = pytest.importorskip("psutil")
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

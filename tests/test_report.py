@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_train import ROOT, environment, train
+from tests.programs import ROOT, environment, train
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TITLES = ["Loss", "Throughput", "Time of the optimizer by phase", "Memory of each rank", "Learning rate"]

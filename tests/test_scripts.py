@@ -155,12 +155,20 @@ def test_demo_fails_if_the_loss_does_not_continue(tmp_path: Path) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    """All of it, with a small model."""
+    """All of it, with a small model, in the environment that there is."""
+    pytest.importorskip("tqdm")
     small = "--layers 1 --heads 2 --width 32 --context 32 --data-bytes 300000"
     done = subprocess.run(
         ["scripts/demo.sh"],
         cwd=ROOT,
-        env={**os.environ, "DEMO_OUTPUT": str(tmp_path / "demo"), "DEMO_FLAGS": small, "GLOO_SOCKET_IFNAME": "lo"},
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "VENV": "none",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "DEMO_OUTPUT": str(tmp_path / "demo"),
+            "DEMO_FLAGS": small,
+        },
         capture_output=True,
         text=True,
         timeout=230,

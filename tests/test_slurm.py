@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sharded_radam.checkpoint.directory import committed_steps
+from tests.programs import ROOT, SMALL, environment
 from tests.test_launch import losses, wait
-from tests.test_train import ROOT, SMALL, environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 pytestmark = [

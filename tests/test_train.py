@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from sharded_radam.checkpoint.directory import committed_steps
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.tools import differences
 from sharded_radam.checkpoint.verification import verify
+from tests.programs import ROOT, SMALL, command, environment, metrics, train, wait_for
 
-ROOT = Path(__file__).parent.parent
-SMALL = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "32", "--batch", "12", "--warmup", "3"]
-SMALL += ["--schedule-steps", "20", "--data-bytes", "300000", "--validate-every", "100"]
-
-
-def command(ranks: int, *flags: object) -> list[str]:
-    """With torchrun; without it, as one rank alone, for 0."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return [sys.executable, *torchrun, "launch/train.py", *SMALL, *map(str, flags)]
-
-
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def train(ranks: int, *flags: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(ranks, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0 or not check, done.stdout + done.stderr
-    return done
-
-
-def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+psutil = pytest.importorskip("psutil")
 
 
 def test_saves_resumes_and_continues_at_other_world_sizes(tmp_path: Path) -> None:
@@ -149,13 +120,6 @@ def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path,
         verify(read_index(folder / f"step_{step}"))
     train(3, "--steps", saved[-1] + 2, "--resume", folder, "--save", folder, "--save-every", 1)
     assert {path.name for path in folder.iterdir()} == {f"step_{saved[-1] + n}" for n in (0, 1, 2)}
-
-
-def wait_for(condition: Any, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_alone_without_torchrun(tmp_path: Path) -> None:
