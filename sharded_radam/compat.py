@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TORCH = (2, 6)
-"""The oldest release that is supported."""
+OLDEST = (2, 6)
+"""The oldest release of torch that is supported."""
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH:
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+"""Of the torch that is installed."""
+
+if VERSION < OLDEST:
     raise ImportError(
-        f"sharded_radam needs torch {'.'.join(map(str, TORCH))} or newer, and torch {torch.__version__} is installed: "
+        f"sharded_radam needs torch {'.'.join(map(str, OLDEST))} or newer, and torch {torch.__version__} is installed: "
         "pip install --upgrade torch"
     )
 
@@ -31,6 +34,12 @@ def all_gather_single(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> 
 def reduce_scatter_single(own: Tensor, bucket: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Begin ``dist.reduce_scatter_single``."""
     return cast("dist.Work", getattr(dist, REDUCE_SCATTER)(own, bucket, group=group, async_op=True))
+
+
+def check_fake_collectives() -> None:
+    """Raise ValueError if collectives of fake tensors are missing: until 2.8."""
+    if VERSION < (2, 8):
+        raise ValueError(f"--simulate needs torch 2.8 or newer, and torch {torch.__version__} is installed")
 
 
 def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:

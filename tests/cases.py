@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
 SHAPES: tuple[tuple[int, ...], ...] = ((17,), (257, 3), (), (1,), (0, 4), (5, 64, 7), (64,), (130, 11))
 
 HYPERPARAMETERS: tuple[dict[str, Any], ...] = (

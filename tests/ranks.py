@@ -7,6 +7,7 @@ import datetime as dt
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
+
+from sharded_radam.compat import VERSION
 
 WORLD_SIZES: tuple[int, ...] = (1, 2, 3, 4)
 _TIMEOUT_S = 60.0
@@ -52,6 +55,8 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = ("error", traceback.format_exc())
         finally:
+            if VERSION < (2, 8):
+                time.sleep(0.05)  # Gloo of torch 2.6 hangs if a thread of its own has yet to free a tensor
             if dist.is_initialized():
                 dist.destroy_process_group()
         connection.send(answer)

@@ -24,17 +24,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import contents
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.optimizer_part import LoadReport
 from sharded_radam.checkpoint.verification import verify
+from sharded_radam.compat import VERSION
 from sharded_radam.state import plain_name
-from tests.cases import TORCH, assert_same, set_grads
+from tests.cases import assert_same, set_grads
 from tests.ranks import WORLD_SIZES, run
-from tests.test_ranges import END, SAVED_AT, Net, make, state_of, train, uninterrupted
+from tests.test_ranges import END, SAVED_AT, Net, make, state_of, train, under_ddp, uninterrupted
 
 pytestmark = pytest.mark.quick
 
@@ -59,9 +59,7 @@ def quietly(action: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 def save_training(_rank: int, world_size: int, folder: str) -> None:
     model, optimizer = named("as saved")
-    unsent = [name for name, param in model.named_parameters() if param.is_complex()]  # Gloo of torch 2.8 cannot
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
-    module: nn.Module = DistributedDataParallel(model)
+    module = under_ddp(model)
     train(optimizer, model, 1, SAVED_AT)
     before = [tensor.clone() for state in optimizer.state.values() for tensor in state.values()]
     manager = CheckpointManager(folder)
@@ -211,7 +209,7 @@ def check_fsdp2(_rank: int, world_size: int, folder: str) -> None:
         CheckpointManager(f"{folder}/no").save(1, model=fsdp)
 
 
-@pytest.mark.skipif(TORCH < (2, 11), reason="FSDP2 on CPUs fails in torch 2.6, and does not average in 2.8")
+@pytest.mark.skipif(VERSION < (2, 11), reason="FSDP2 on CPUs fails in torch 2.6, and does not average in 2.8")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_fsdp2(tmp_path: Path, world_size: int) -> None:
     run(check_fsdp2, world_size, str(tmp_path))

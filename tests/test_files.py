@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sharded_radam.checkpoint import directory
 from sharded_radam.checkpoint.decode import decode
-from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
+from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.files import DataFile, DataFiles, Extent
 
 pytestmark = pytest.mark.quick
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import io
+import json
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as torchs
 
-from sharded_radam.checkpoint import decode, metadata
-from sharded_radam.checkpoint.closed import ForbiddenError
-from sharded_radam.checkpoint.files import DamagedError, Extent
+from sharded_radam.checkpoint import decode, metadata, pickles
+from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
+from sharded_radam.checkpoint.files import DataFiles, Extent
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.metadata import Box, SavedTensor, pack, unpack
 
@@ -47,25 +52,42 @@ def set_attributes(attribute: str, value: bytes) -> bytes:
     return pickle.NONE + slots + pickle.TUPLE2 + pickle.BUILD
 
 
-def stand_ins() -> list[Any]:
-    return [*metadata._STAND_INS.values(), decode._Tensor, decode._Storage, metadata._DType]
+def classes() -> dict[str, dict[str, Any]]:
+    """What a file may not change: classes and functions that a pickle names, and those that read it."""
+    found = [pathlib.Path, pathlib.PurePath, collections.OrderedDict, torch.Size, torch.serialization]
+    found += [
+        torchs,
+        filesystem,
+        torch._utils,
+        metadata,
+        decode,
+        pickles,
+        pickles.Name,
+        pickles.Instance,
+        pickles.Pairs,
+    ]
+    return {repr(one): dict(vars(one)) for one in found}
 
 
-@pytest.mark.parametrize("name", [*metadata._STAND_INS, ("torch", "float32")], ids=".".join)
+NAMES = [
+    *(tuple(name.rsplit(".", 1)) for name in sorted({*metadata._NAMES, *metadata._FUNCTIONS})),
+    *[("torch", "float32")],
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=".".join)
 def test_no_attribute_of_a_class_can_be_set(name: tuple[str, str]) -> None:
-    """Today's `pathlib.Path.is_file` was exchanged so, for the whole process."""
-    before = [dict(vars(cls)) for cls in stand_ins()]
-    paths = dict(vars(pathlib.Path))
+    """`pathlib.Path.is_file` was exchanged so once, for the whole process."""
+    before = classes()
     for attribute in ("is_file", "__new__", "__setstate__", "__hash__", "__class__", "args"):
         for value in (pickle.EMPTY_DICT, named("collections", "OrderedDict"), named("torch", "Size")):
             content = program(named(*name), set_attributes(attribute, value))
-            with pytest.raises((ForbiddenError, DamagedError)):
+            with pytest.raises(DamagedError, match="a state for something that has none"):
                 unpack(content)
             state = pickle.EMPTY_DICT + text(attribute) + value + pickle.SETITEM  # as an object with a __dict__ has it
-            with pytest.raises((ForbiddenError, DamagedError)):
+            with pytest.raises(DamagedError, match="a state for something that has none"):
                 unpack(program(named(*name), state, pickle.BUILD))
-    assert [dict(vars(cls)) for cls in stand_ins()] == before
-    assert dict(vars(pathlib.Path)) == paths
+    assert classes() == before
 
 
 @pytest.mark.parametrize("at", range(GOOD.count(pickle.STACK_GLOBAL)))
@@ -75,38 +97,66 @@ def test_a_good_file_that_also_sets_attributes(at: int, tmp_path: Path) -> None:
     assert unpack(GOOD) == unpack(pickle.STACK_GLOBAL.join(parts))
     attack = pickle.STACK_GLOBAL + set_attributes("is_file", pickle.EMPTY_DICT)
     content = pickle.STACK_GLOBAL.join(parts[: at + 1]) + attack + pickle.STACK_GLOBAL.join(parts[at + 1 :])
-    before = pathlib.Path.is_file
+    before = classes()
     (tmp_path / ".metadata").write_bytes(content)
-    if b"float32" in parts[at]:  # a dtype is an object of this file's own: what is set on it nobody reads
-        assert read_index(tmp_path).tensors.keys() == {"w"}
-    else:
-        with pytest.raises(ValueError, match=r"\.metadata: (the pickle sets the attribute|it cannot be read)"):
-            read_index(tmp_path)
-    assert pathlib.Path.is_file is before
+    with pytest.raises(DamagedError, match=r"\.metadata: it cannot be read: .* a state for something that has none"):
+        read_index(tmp_path)
+    assert classes() == before
+
+
+def chunk(data: bytes, changed: bytes, compression: int = zipfile.ZIP_STORED) -> memoryview:
+    """A chunk with another pickle."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(target, "w", compression) as archive:
+        for info in source.infolist():
+            archive.writestr(info.filename, changed if info.filename.endswith("data.pkl") else source.read(info))
+    return memoryview(bytearray(target.getvalue()))
+
+
+def saved(tensor: Any) -> tuple[bytes, bytes]:
+    """A chunk, and the pickle in it."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        return buffer.getvalue(), archive.read(name)
 
 
 def test_chunks_cannot_set_attributes_either() -> None:
     """Not of the functions and classes that make tensors; torch.load then says what it thinks of the file."""
     tensor = torch.arange(6.0)
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
+    data, pickled = saved(tensor)
+    before = classes()
     for name in ("_rebuild_tensor_v2", "FloatStorage", "OrderedDict"):
-        changed = io.BytesIO()
-        with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(changed, "w") as target:
-            for info in source.infolist():
-                content = source.read(info)
-                if info.filename.endswith("data.pkl"):
-                    end = content.index(name.encode()) + len(name) + 1  # GLOBAL is two lines
-                    attack = set_attributes("__defaults__", pickle.EMPTY_TUPLE)
-                    content = content[:end] + attack + content[end:]
-                target.writestr(info, content)
-        before = [dict(vars(cls)) for cls in stand_ins()]
-        found = decode.decode(memoryview(bytearray(changed.getvalue())))
-        assert found is None or (name == "FloatStorage" and torch.equal(found, tensor))
-        assert [dict(vars(cls)) for cls in stand_ins()] == before
-        plain = decode.decode(memoryview(bytearray(buffer.getvalue())))
-        assert plain is not None
-        assert torch.equal(plain, tensor)
+        end = pickled.index(name.encode()) + len(name) + 1  # GLOBAL is two lines
+        attack = set_attributes("__defaults__", pickle.EMPTY_TUPLE)
+        assert decode.decode(chunk(data, pickled[:end] + attack + pickled[end:])) is None
+        assert classes() == before
+    found = decode.decode(chunk(data, pickled))
+    assert found is not None
+    assert torch.equal(found, tensor)
+
+
+def test_chunks_that_grow(tmp_path: Path) -> None:
+    """A few bytes that become many: compressed records, strides of 0; another dtype or shape than the index has."""
+    data, pickled = saved(torch.arange(6.0))
+    with pytest.raises(DamagedError, match="it has compressed records"):
+        decode.decode(chunk(data, pickled, zipfile.ZIP_DEFLATED))
+    wide = torch.ones(1).expand(10**12)
+    content, _ = saved(wide)
+    (tmp_path / "a").write_bytes(content)
+    extent = Extent("a", 0, len(content), None)
+    with DataFiles(tmp_path) as files:
+        for read in (files.tensor, files.load):
+            with pytest.raises(DamagedError, match="more elements than are saved"):
+                read(extent, "w")
+        for kind in (torch.eye(3).to_sparse(), torch.empty(2, device="meta")):
+            content, _ = saved(kind)
+            (tmp_path / "a").write_bytes(content)
+            with pytest.raises(
+                DamagedError, match=r"more elements than are saved|a tensor of another kind than is saved"
+            ):
+                files.tensor(Extent("a", 0, len(content), None), "w")
 
 
 FORBIDDEN: dict[str, Callable[[], bytes]] = {
@@ -117,7 +167,6 @@ FORBIDDEN: dict[str, Callable[[], bytes]] = {
     "through torch": lambda: named("torch", "float32.__class__"),
     "of ours": lambda: named("sharded_radam.checkpoint.closed", "Record"),
     "by protocol 0": lambda: b"cos\nsystem\n",
-    "an instance by protocol 0": lambda: pickle.MARK + b"ios\nsystem\n",
     "getattr of a class": lambda: (
         named("builtins", "getattr") + named("pathlib", "Path") + text("write_text") + pickle.TUPLE2 + pickle.REDUCE
     ),
@@ -128,7 +177,6 @@ FORBIDDEN: dict[str, Callable[[], bytes]] = {
         + pickle.TUPLE2
         + pickle.REDUCE
     ),
-    "getattr without arguments": lambda: named("__builtin__", "getattr") + pickle.EMPTY_TUPLE + pickle.REDUCE,
 }
 
 
@@ -145,6 +193,23 @@ def without(content: bytes, part: bytes, other: bytes) -> bytes:
 
 BROKEN: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
+    "an instance by protocol 0": lambda: program(pickle.MARK, b"ios\nsystem\n"),
+    "getattr without arguments": lambda: program(named("__builtin__", "getattr"), pickle.EMPTY_TUPLE, pickle.REDUCE),
+    # What Python's own unpickler would crash on, or need gigabytes or years for:
+    "a tuple nested too deep, as a key": lambda: b"\x80\x04})" + b"\x85" * 1_000_000 + b"Ns.",
+    "a tuple of itself, as a key": lambda: b"\x80\x04})" + b"2\x86" * 60 + b"Ns.",
+    "a tuple of itself": lambda: b"\x80\x04)" + b"\x94h\x00\x86" * 60 + b".",
+    "a memo of gigabytes": lambda: b"\x80\x04Nr\xff\xff\xff\x7f.",
+    "bytes of gigabytes": lambda: b"\x80\x04\x8e" + b"\x00" * 7 + b"\x10.",
+    "sizes of sizes": lambda: program(
+        pickle.MARK, b"K\x00" * 20_000, pickle.TUPLE, pickle.MEMOIZE, (named("torch", "Size") + b"h\x00\x85R") * 5_000
+    ),
+    "a long name, many times": lambda: program(
+        text("x" * 20_000), pickle.MEMOIZE, (b"h\x00h\x00" + pickle.STACK_GLOBAL) * 20_000
+    ),
+    "another instance": lambda: program(named("torch.distributed.checkpoint.metadata", "TensorProperties"), b")\x81)b"),
+    "an extension": lambda: b"\x80\x04\x82\x05.",
+    "a persistent value": lambda: program(text("x"), pickle.BINPERSID),
     "no pickle": lambda: b"hello",
     "cut off": lambda: GOOD[:-9],
     "another object": lambda: pickle.dumps({"w": 1}),
@@ -183,3 +248,29 @@ def test_any_bytes_changed(changes: list[tuple[int, int]]) -> None:
         return
     assert all(isinstance(tensor, SavedTensor) for tensor in tensors.values())
     assert all(isinstance(extent, Extent) for extent in objects.values())
+
+
+MANIFESTS: dict[str, Callable[[], Any]] = {
+    "a negative length": lambda: {"files": {"f": [[3_000_000_000, 0], [-2_999_999_997, 0]]}},
+    "a length that is no integer": lambda: {"files": {"f": [[float("inf"), 0]]}},
+    "a checksum that is a text": lambda: {"files": {"f": [[3, "0"]]}},
+    "facts that are a list": lambda: {"info": [1]},
+    "files that are a list": lambda: {"files": [1]},
+}
+
+
+@pytest.mark.parametrize("what", MANIFESTS)
+def test_manifests_that_no_one_writes(what: str, tmp_path: Path) -> None:
+    body = {"format": 1, "files": {}, "info": {}, **MANIFESTS[what]()}
+    crc32 = zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    (tmp_path / "manifest.json").write_text(json.dumps({"body": body, "crc32": crc32}))
+    (tmp_path / ".metadata").write_bytes(GOOD)
+    with pytest.raises(DamagedError, match=r"manifest\.json cannot be read"):
+        read_index(tmp_path)
+
+
+def test_a_manifest_that_is_nested_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    (tmp_path / ".metadata").write_bytes(GOOD)
+    with pytest.raises(DamagedError, match=r"manifest\.json cannot be read"):
+        read_index(tmp_path)

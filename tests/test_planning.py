@@ -17,6 +17,7 @@ from sharded_radam import ShardedRAdam
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.tools import summary
 from sharded_radam.cli import main
+from sharded_radam.compat import VERSION
 from sharded_radam.layout import describe
 from sharded_radam.plan import ParamSpec
 from sharded_radam.planning import simulate as simulation
@@ -160,7 +161,7 @@ def test_models_of_python() -> None:
 
 
 def test_models_of_safetensors(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    save_file = pytest.importorskip("safetensors.torch").save_file
 
     save_file({"a": torch.zeros(3, 5), "ids": torch.zeros(2, dtype=torch.int64)}, tmp_path / "1.safetensors")
     save_file({"b": torch.zeros(4, dtype=torch.float16)}, tmp_path / "2.safetensors", metadata={"format": "pt"})
@@ -225,6 +226,16 @@ def test_transformers_is_needed_for_a_config_only(tmp_path: Path, monkeypatch: p
 MIXED = [spec(5000, "a"), spec(7, "b", torch.bfloat16), ParamSpec("c", (5, 64, 7), (0, 2, 1), torch.float32, "cuda", 0)]
 
 
+needs_fake_collectives = pytest.mark.skipif(VERSION < (2, 8), reason="torch 2.6 has no collectives of fake tensors")
+
+
+@pytest.mark.skipif(VERSION >= (2, 8), reason="torch is new enough for it")
+def test_simulation_with_an_older_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "1000", "--simulate", "2"]) == 1
+    assert "--simulate needs torch 2.8 or newer" in capsys.readouterr().err
+
+
+@needs_fake_collectives
 @pytest.mark.parametrize("world_size", [2, 3, 64, 4096])
 def test_simulation_agrees(world_size: int) -> None:
     checks = simulate(MIXED, world_size, CAP)
@@ -233,6 +244,7 @@ def test_simulation_agrees(world_size: int) -> None:
     assert len(checks) == 16 * len({check.rank for check in checks})
 
 
+@needs_fake_collectives
 def test_simulation_can_disagree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(params: list[ParamSpec], world_size: int, bucket_cap_mb: float) -> Any:
         return layout([*params, spec(64, "more")], world_size, bucket_cap_mb)
@@ -257,6 +269,7 @@ def test_simulation_beside_a_process_group() -> None:
     run(check_grouped, 2)
 
 
+@needs_fake_collectives
 def test_the_command(tmp_path: Path) -> None:
     """As a user calls it, in a folder with a module of the user's own."""
     (tmp_path / "mine.py").write_text("import torch\ndef model():\n    return torch.nn.Linear(1000, 1000)\n")

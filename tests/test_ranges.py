@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.compat import VERSION
 from sharded_radam.ranges import RangeTensor, range_boxes
 from tests.cases import assert_same, set_grads
 from tests.ranks import WORLD_SIZES, run
@@ -147,9 +148,16 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
 
 
+def under_ddp(model: nn.Module) -> DistributedDataParallel:
+    """Without synchronising complex parameters, which Gloo of torch 2.8 cannot send."""
+    unsent = [name for name, param in model.named_parameters() if param.is_complex()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(model)
+
+
 def save(_rank: int, world_size: int, folder: str, kind: str, wrapped: bool) -> None:
     model, optimizer = make(kind)
-    module: nn.Module = DistributedDataParallel(model) if wrapped else model
+    module: nn.Module = under_ddp(model) if wrapped else model
     train(optimizer, model, 1, SAVED_AT)
     before = [tensor.clone() for s in optimizer.state.values() for tensor in s.values()]
     with warnings.catch_warnings():
@@ -234,6 +242,7 @@ def check_async(rank: int, world_size: int, folder: str) -> None:
     future.result(timeout=30)
 
 
+@pytest.mark.skipif(VERSION < (2, 11), reason="async_save of torch 2.6 does not copy CPU tensors; 2.8 refuses ours")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_async_save(tmp_path: Path, world_size: int) -> None:
     run(check_async, world_size, str(tmp_path / "x"))
@@ -324,6 +333,7 @@ def check_fsdp2(_rank: int, world_size: int, folder: str) -> None:
             assert world_size == 3 or torch.equal(one, two)
 
 
+@pytest.mark.skipif(VERSION < (2, 11), reason="FSDP2 on CPUs fails in torch 2.6, and does not average in 2.8")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_checkpoints_of_fsdp2(tmp_path: Path, world_size: int) -> None:
     run(check_fsdp2, world_size, str(tmp_path))

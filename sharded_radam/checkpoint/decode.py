@@ -7,7 +7,6 @@ own: loading the moments of GPT-2 took twice as long by it. What is more than a 
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 import sys
 import zipfile
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.closed import ClosedDict, Record
+from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.pickles import PERSISTENT, Instance, Pairs, parse
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
@@ -26,18 +26,18 @@ class _NotPlainError(Exception):
 
 
 _DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "ComplexFloatStorage": torch.complex64,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.ByteStorage": torch.uint8,
+    "torch.CharStorage": torch.int8,
+    "torch.ShortStorage": torch.int16,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
 }
 
 
@@ -69,59 +69,51 @@ class Bytes(io.RawIOBase):
 
 
 def decode(content: memoryview) -> Tensor | None:
-    """The tensor that was saved, as a view of ``content``; None if that is not a plain tensor of this byte order."""
+    """Return the tensor that was saved, as a view of ``content``; None if it is not a plain one of this byte order.
+
+    Raises:
+        DamagedError: compressed records, which torch.save does not write.
+    """
     try:
         with zipfile.ZipFile(Bytes(content)) as archive:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
-            if order.decode() != sys.byteorder or any(info.compress_type for info in records.values()):
-                return None
-            return _tensor(_Unpickler(io.BytesIO(archive.read(records["data.pkl"]))).load(), content, records)
+            is_compressed = any(info.compress_type for info in records.values())
+            found = None if is_compressed else _plain(archive, records, content)
     except Exception:  # not plain, or damaged, which raises whatever it likes: torch.load says what is wrong
         return None
+    if is_compressed:
+        raise DamagedError("it has compressed records, which torch.save does not write")
+    return found
 
 
-class _Tensor(Record):
-    """Stands for the call that makes a tensor of a storage."""
-
-    __slots__ = ()
-
-
-class _Storage(Record):
-    __slots__ = ()
+def _plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], content: memoryview) -> Tensor | None:
+    order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
+    if order.decode() != sys.byteorder:
+        return None
+    found = parse(archive.read(records["data.pkl"]), _NAMES.__contains__, _FUNCTIONS)
+    return _tensor(found, content, records)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors only, and keeps what the file says of them."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return ClosedDict
-        if module == "torch" and name in _DTYPES:
-            return Record(name)
-        raise _NotPlainError
-
-    def persistent_load(self, saved_id: Any) -> Any:
-        return _Storage(*saved_id)
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_FUNCTIONS = {"collections.OrderedDict": Pairs}
+_NAMES = {_TENSOR, *_FUNCTIONS, *_DTYPES}
 
 
 def _tensor(found: Any, content: memoryview, records: dict[str, zipfile.ZipInfo]) -> Tensor:
     """Make the tensor: storage, offset, size, stride, requires_grad, hooks; conjugate and negative views have more."""
-    if type(found) is not _Tensor or found.state is not None or any(found.args[6:]) or len(found.args) < 6:
+    if type(found) is not Instance or found.name != _TENSOR or found.state is not None or any(found.args[6:]):
         raise _NotPlainError
-    storage, offset, size, stride = found.args[:4]
-    return _elements(storage, content, records).as_strided(tuple(size), tuple(stride), offset)
+    storage, offset, size, stride, _, _, *_ = found.args
+    return _elements(storage, content, records).as_strided(size, stride, offset)
 
 
 def _elements(storage: Any, content: memoryview, records: dict[str, zipfile.ZipInfo]) -> Tensor:
-    if type(storage) is not _Storage:
+    if type(storage) is not Instance or storage.name != PERSISTENT:
         raise _NotPlainError
-    kind, name, key, _, numel = storage.args
-    if kind != "storage" or type(name) is not Record:
+    ((kind, name, key, _, numel),) = storage.args
+    if kind != "storage":
         raise _NotPlainError
-    dtype, info = _DTYPES[name.args[0]], records[f"data/{key}"]
+    dtype, info = _DTYPES[name], records[f"data/{key}"]
     name_length, extra_length = _LOCAL_HEADER.unpack_from(content, info.header_offset)
     start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     if numel * dtype.itemsize != info.file_size or start + info.file_size > len(content):

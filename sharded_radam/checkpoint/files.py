@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sharded_radam.checkpoint.decode import Bytes, decode
+from sharded_radam.checkpoint.errors import DamagedError
 
 _READ_BYTES = 2**20
 _WRITE_BACK_BYTES = 8 * 2**20
@@ -37,10 +38,6 @@ class Extent(NamedTuple):
 def in_order(extents: Iterable[Extent]) -> list[Extent]:
     """Each extent once, in the order of files and of bytes in them."""
     return sorted(set(extents), key=lambda extent: (extent.file, extent.start))
-
-
-class DamagedError(ValueError):
-    """Bytes are not those that were saved."""
 
 
 def start_write_back(descriptor: int, start: int, length: int) -> None:
@@ -135,9 +132,15 @@ class DataFiles:
         Raises:
             DamagedError: they are not those that were saved.
         """
+        descriptor, crc32, at = self._open(extent.file), 0, 0
+        if extent.start + extent.length > (size := os.fstat(descriptor).st_size):
+            raise DamagedError(
+                f"{self._folder / extent.file}, {what}: the file ends at byte {size}, expected "
+                f"{extent.start + extent.length} or more"
+            )
         if len(self._buffer) < extent.length:
             self._buffer = bytearray(extent.length)  # beside what views of the old one still need
-        content, descriptor, crc32, at = memoryview(self._buffer)[: extent.length], self._open(extent.file), 0, 0
+        content = memoryview(self._buffer)[: extent.length]
         while at < extent.length:
             part = content[at : at + _READ_BYTES]
             count = os.preadv(descriptor, [part], extent.start + at)
@@ -166,6 +169,8 @@ class DataFiles:
         value = self._decode(content, extent, what)
         if not isinstance(value, Tensor):
             raise DamagedError(f"{self._folder / extent.file}, {what}: a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise DamagedError(f"{self._folder / extent.file}, {what}: a tensor of another kind than is saved")
         return value
 
     def load(self, extent: Extent, what: str) -> Any:
@@ -179,13 +184,15 @@ class DataFiles:
 
     def _decode(self, content: memoryview, extent: Extent, what: str) -> Any:
         """By torch.load with weights_only, which runs no code of the file; plain tensors by a faster way."""
-        found = decode(content)
-        if found is not None:
-            return found
         try:
-            return torch.load(cast("IO[bytes]", Bytes(content)), map_location="cpu", weights_only=True)
+            found: Any = decode(content)
+            if found is None:
+                found = torch.load(cast("IO[bytes]", Bytes(content)), map_location="cpu", weights_only=True)
         except Exception as error:
             raise DamagedError(f"{self._folder / extent.file}, {what}: {_reason(error)}") from error
+        if isinstance(found, Tensor) and found.layout == torch.strided and found.nbytes > len(content):
+            raise DamagedError(f"{self._folder / extent.file}, {what}: more elements than are saved")
+        return found
 
     def _open(self, file: str) -> int:
         if file not in self._descriptors:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sharded_radam.checkpoint.files import DamagedError, Extent
+from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.files import Extent
 from sharded_radam.checkpoint.metadata import Content, SavedTensor, pack, unpack
 
 METADATA = ".metadata"
@@ -136,10 +137,18 @@ def _read_manifest(folder: Path) -> Manifest | None:
             raise ValueError("other content than its own checksum says")
         if body["format"] != _FORMAT:
             raise ValueError(f"format {body['format']}, and this version of sharded_radam reads {_FORMAT}")
-        files = {file: [(int(n), int(crc32)) for n, crc32 in chunks] for file, chunks in body["files"].items()}
+        files = {file: [(_count(n), _count(crc32)) for n, crc32 in chunks] for file, chunks in body["files"].items()}
+        if not isinstance(body["info"], dict):
+            raise TypeError("what the saver knew is no dict")
         return Manifest(files, body["info"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
+
+
+def _count(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{number!r:.50} is no number of bytes, nor a checksum")
+    return number
 
 
 def _with_checksums(folder: Path, content: Content, manifest: Manifest | None) -> Content:

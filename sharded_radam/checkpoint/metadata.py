@@ -1,4 +1,4 @@
-"""``.metadata`` of torch.distributed.checkpoint: a pickle that is written opcode by opcode, and read into stand-ins.
+"""``.metadata`` of torch.distributed.checkpoint: a pickle that is written opcode by opcode, and read as data.
 
 How a class is pickled depends on the release of Python and of torch: enum members, ``TensorProperties``, paths. So the
 bytes are not made by pickling torch's objects. :func:`pack` writes one form, which every torch from 2.6 on reads.
@@ -7,21 +7,23 @@ bytes are not made by pickling torch's objects. :func:`pack` writes one form, wh
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from sharded_radam.checkpoint.closed import ClosedDict, ClosedTuple, ForbiddenError, Record
-from sharded_radam.checkpoint.files import DamagedError, Extent
+from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
+from sharded_radam.checkpoint.files import Extent
+from sharded_radam.checkpoint.pickles import Instance, Name, Pairs, parse
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_MEMORY_FORMAT = f"{_METADATA}._MEM_FORMAT_ENCODING"
+_MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +94,18 @@ def pack(
 class _Writer:
     """Values as opcodes of pickle protocol 4.
 
-    Names of classes and texts come once, in the beginning, and then by their number, so that a value has the same
+    Names of classes, texts and sizes come once, in the beginning, and then by their number. So a value has the same
     opcodes wherever it stands.
     """
 
     def __init__(self) -> None:
         self._beginning = [pickle.PROTO, b"\x04"]
-        self._numbers: dict[str | tuple[str, str], bytes] = {}
+        self._numbers: dict[str | tuple[str, str] | tuple[int, ...], bytes] = {}
 
     def finish(self, value: bytes) -> bytes:
         return b"".join([*self._beginning, value, pickle.STOP])
 
-    def _numbered(self, what: str | tuple[str, str], opcodes: bytes) -> bytes:
+    def _numbered(self, what: str | tuple[str, str] | tuple[int, ...], opcodes: bytes) -> bytes:
         """Opcodes that get what was put into the memo under this name; ``opcodes`` make it."""
         if what not in self._numbers:
             number = len(self._numbers)
@@ -143,7 +145,10 @@ class _Writer:
         return self.name(module, name) + pickle.EMPTY_TUPLE + pickle.NEWOBJ + state + pickle.BUILD
 
     def size(self, numbers: Sequence[int]) -> bytes:
-        return self.call(self.name("torch", "Size"), self.make_tuple(map(_integer, numbers)))
+        key = tuple(numbers)
+        return self._numbers.get(key) or self._numbered(
+            key, self.call(self.name("torch", "Size"), self.make_tuple(map(_integer, numbers)))
+        )
 
     def extent(self, extent: Extent) -> bytes:
         fields = {"offset": _integer(extent.start), "length": _integer(extent.length)}
@@ -175,7 +180,7 @@ class _Writer:
 
 
 def _text(text: str) -> bytes:
-    encoded = text.encode()
+    encoded = text.encode("utf-8", "surrogatepass")
     if len(encoded) < 256:
         return pickle.SHORT_BINUNICODE + bytes([len(encoded)]) + encoded
     return pickle.BINUNICODE + len(encoded).to_bytes(4, "little") + encoded
@@ -192,87 +197,52 @@ def _integer(number: int) -> bytes:
 
 # Reading
 
-
-class _Metadata(Record):
-    __slots__ = ()
-
-
-class _Tensor(Record):
-    __slots__ = ()
-
-
-class _Value(Record):
-    __slots__ = ()
-
-
-class _Chunk(Record):
-    __slots__ = ()
-
-
-class _Index(Record):
-    __slots__ = ()
-
-
-class _Stored(Record):
-    __slots__ = ()
-
-
-class _Properties(Record):
-    __slots__ = ()
-
-
-class _DType(Record):
-    __slots__ = ()
-
-
-class _MemoryFormat(Record):
-    __slots__ = ()
-
-
-class _GetMember(Record):
-    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
-
-    __slots__ = ()
-
-    def __new__(cls, *args: Any) -> Any:
-        """Return the member; nothing else is got by name."""
-        if len(args) == 2 and args[0] is _MemoryFormat and args[1] in _MEMORY_FORMATS:
-            return _MemoryFormat(args[1])
-        raise ForbiddenError("the pickle asks for getattr of something else than a memory format")
-
-
-_MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
-_PATHS = ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-_STAND_INS: dict[tuple[str, str], type] = {
-    (_METADATA, "Metadata"): _Metadata,
-    (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): _Value,
-    (_METADATA, "ChunkStorageMetadata"): _Chunk,
-    (_METADATA, "MetadataIndex"): _Index,
-    (_METADATA, "TensorProperties"): _Properties,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): _MemoryFormat,
-    (_METADATA, "StorageMeta"): Record,
-    (_FILESYSTEM, "_StorageInfo"): _Stored,
-    ("torch.serialization", "_get_layout"): Record,
-    ("torch", "Size"): ClosedTuple,
-    ("collections", "OrderedDict"): ClosedDict,
-    ("builtins", "getattr"): _GetMember,
-    ("__builtin__", "getattr"): _GetMember,  # as protocols 0 to 2 call it
-    **{(module, name): Record for module in ("pathlib", "pathlib._local") for name in _PATHS},  # 3.13 has _local
+_NAMES = {
+    *(f"{_METADATA}.{name}" for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta")),
+    *(f"{_METADATA}.{name}" for name in ("ChunkStorageMetadata", "MetadataIndex", "TensorProperties")),
+    *(_MEMORY_FORMAT, f"{_FILESYSTEM}._StorageInfo", "torch.serialization._get_layout"),
+    # Python 3.13 has pathlib._local.
+    *(f"{module}.{flavour}Path" for module in ("pathlib", "pathlib._local") for flavour in ("", "Posix", "PurePosix")),
+    *(f"{module}.{flavour}Path" for module in ("pathlib", "pathlib._local") for flavour in ("Windows", "PureWindows")),
 }
-_DTYPE = re.compile(r"(b?float|complex|q?u?int|bool|bits|half|double|short|long)\w*")
+_DTYPE = re.compile(r"torch\.(b?float|complex|q?u?int|bool|bits|half|double|short|long)\w*")
+_FILE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\ud800-\udfff]{1,255}")
+_MOST_DIMENSIONS = 64  # of a tensor in torch
+_DEEPEST = 100  # nesting of a state dict
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and _DTYPE.fullmatch(name):
-            return _DType(name)
-        if (module, name) not in _STAND_INS:
-            raise ForbiddenError(
-                f"it asks for {module}.{name}, which no checkpoint needs: it was not read, since loading it could run "
-                "code of whoever wrote it"
-            )
-        return _STAND_INS[module, name]
+class _Size(tuple[int, ...]):
+    """Not negative, and not too many."""
+
+    __slots__ = ()
+
+
+def _size(numbers: Any) -> _Size:
+    """What torch.Size is called with."""
+    if type(numbers) is not tuple or len(numbers) > _MOST_DIMENSIONS:
+        raise TypeError("a size that is no tuple")
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise TypeError("a size that is not made of integers")
+    return _Size(numbers)
+
+
+def _member(cls: Any, name: Any) -> Instance:
+    """What getattr is called with: Python 3.11.0 to 3.11.3 pickle a member of an enum by it."""
+    if cls != _MEMORY_FORMAT or type(cls) is not Name or name not in _MEMORY_FORMATS:
+        raise ForbiddenError("it asks for getattr of something else than a memory format, which no checkpoint needs")
+    return Instance(cls, (_MEMORY_FORMATS.index(name),))
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch.Size": _size,
+    "collections.OrderedDict": Pairs,
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,  # as protocol 2 calls it
+}
+
+
+def _allows(name: str) -> bool:
+    return name in _NAMES or name in _FUNCTIONS or _DTYPE.fullmatch(name) is not None
 
 
 def unpack(content: bytes) -> Content:
@@ -283,83 +253,104 @@ def unpack(content: bytes) -> Content:
         DamagedError: it is no pickle, or not one of a checkpoint.
         ValueError: what it describes cannot be read here.
     """
-    try:
-        found = _Unpickler(io.BytesIO(content)).load()
-    except ForbiddenError:
-        raise
-    except Exception as error:  # a pickle of which bits were flipped raises whatever it likes
-        raise DamagedError(f"it cannot be read: {error!r}") from error
+    found = parse(content, _allows, _FUNCTIONS)
     try:
         return _content(found)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DamagedError(f"it does not describe a checkpoint: {error!r}") from error
+    except (LookupError, TypeError) as error:
+        raise DamagedError(f"it does not describe a checkpoint: {type(error).__name__}: {error}") from error
 
 
 def _content(found: Any) -> Content:
-    metadata = _state(found, _Metadata)
-    stored = {}
-    for key, value in metadata["storage_data"].items():
-        index = _state(key, _Index)
+    metadata = _fields(found, f"{_METADATA}.Metadata")
+    stored: dict[tuple[str, tuple[int, ...] | None], Extent] = {}
+    for key, value in _pairs(metadata["storage_data"]):
+        index = _fields(key, f"{_METADATA}.MetadataIndex")
         at = index.get("offset")
-        stored[_name(index["fqn"]), None if at is None else _integers(at)] = _extent(_state(value, _Stored))
+        where = _extent(_fields(value, f"{_FILESYSTEM}._StorageInfo"))
+        stored[_text_of(index["fqn"]), None if at is None else _checked(at)] = where
     tensors, objects = {}, {}
-    for name, entry in metadata["state_dict_metadata"].items():
-        key = _name(name)
-        if isinstance(entry, _Value):
-            objects[key] = stored[key, None]
+    for name, entry in _pairs(metadata["state_dict_metadata"]):
+        key = _text_of(name)
+        if _is(entry, f"{_METADATA}.BytesStorageMetadata"):
+            objects[key] = stored.pop((key, None))
             continue
-        described = _state(entry, _Tensor)
+        described = _fields(entry, f"{_METADATA}.TensorStorageMetadata")
+        shape = _checked(described["size"])
         boxes = []
-        for chunk in described["chunks"]:
-            box = _state(chunk, _Chunk)
-            offsets = _integers(box["offsets"])
-            boxes.append(Box(offsets, _integers(box["sizes"]), stored[key, offsets]))
-        tensors[key] = SavedTensor(_dtype(described["properties"]), _integers(described["size"]), tuple(boxes))
-    paths = metadata.get("planner_data")
-    return Content(tensors, objects, {_name(key): _path(path) for key, path in paths.items()} if paths else None)
+        for chunk in _list(described["chunks"]):
+            box = _fields(chunk, f"{_METADATA}.ChunkStorageMetadata")
+            offsets, sizes = _checked(box["offsets"]), _checked(box["sizes"])
+            if not len(offsets) == len(sizes) == len(shape):
+                raise TypeError("boxes of another number of dimensions than their tensor")
+            boxes.append(Box(offsets, sizes, stored.pop((key, offsets))))  # each is one tensor's
+        tensors[key] = SavedTensor(_dtype(described["properties"]), shape, tuple(boxes))
+    nested = metadata.get("planner_data")
+    paths = {_text_of(name): _path(path) for name, path in _pairs(nested)} if nested else None
+    return Content(tensors, objects, paths)
 
 
-def _state(record: Any, kind: type[Record]) -> dict[str, Any]:
-    if type(record) is not kind or not isinstance(record.state, dict):
-        raise TypeError(f"a {type(record).__name__} in the place of a {kind.__name__}")
-    return record.state
+def _checked(found: Any) -> _Size:
+    if type(found) is not _Size:
+        raise TypeError(f"a {type(found).__name__} in the place of a torch.Size")
+    return found
 
 
-def _name(key: Any) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"a {type(key).__name__} in the place of a name")
-    return key
+def _is(found: Any, name: str) -> bool:
+    return type(found) is Instance and found.name == name
 
 
-def _integers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
-        raise TypeError("a size that is not made of integers")
-    return tuple(values)
+def _fields(found: Any, name: str) -> dict[str, Any]:
+    """The attributes of an instance."""
+    if not _is(found, name) or type(found.state) is not Pairs:
+        what = found.name if type(found) is Instance else type(found).__name__
+        raise TypeError(f"a {what} in the place of a {name}")
+    for field, _ in found.state:
+        if type(field) is not str:  # others may take forever to hash
+            raise TypeError(f"a {type(field).__name__} in the place of an attribute")
+    return dict(found.state)
+
+
+def _pairs(found: Any) -> Pairs:
+    if type(found) is not Pairs:
+        raise TypeError(f"a {type(found).__name__} in the place of a dict")
+    return found
+
+
+def _list(found: Any) -> list[Any]:
+    if type(found) is not list:
+        raise TypeError(f"a {type(found).__name__} in the place of a list")
+    return found
+
+
+def _text_of(found: Any) -> str:
+    if type(found) is not str:
+        raise TypeError(f"a {type(found).__name__} in the place of a text")
+    return found
 
 
 def _path(path: Any) -> tuple[str | int, ...]:
-    if not isinstance(path, tuple) or not path or not all(type(key) in (str, int) for key in path):
+    if type(path) is not tuple or not 0 < len(path) <= _DEEPEST or any(type(key) not in (str, int) for key in path):
         raise TypeError("a name that is not nested by texts and integers")
-    return tuple(path)
+    return path
 
 
-def _extent(state: dict[str, Any]) -> Extent:
-    file = _name(state["relative_path"])
-    if "/" in file or "\\" in file or file in ("", ".", ".."):
-        raise DamagedError(f"it names the file {file!r}, which is not in its directory")
-    if state.get("transform_descriptors"):
+def _extent(fields: dict[str, Any]) -> Extent:
+    file = _text_of(fields["relative_path"])
+    if not _FILE.fullmatch(file) or len(file.encode()) > 255:
+        raise DamagedError(f"it names the file {file!r:.300}, which is not in its directory")
+    if fields.get("transform_descriptors"):
         raise ValueError(f"{file} is compressed or encrypted, which cannot be read here")
-    start, length = _integers((state["offset"], state["length"]))
+    start, length = _size((fields["offset"], fields["length"]))
     return Extent(file, start, length, None)
 
 
 def _dtype(properties: Any) -> torch.dtype:
-    if type(properties) is not _Properties or not isinstance(properties.state, tuple):
-        raise TypeError(f"a {type(properties).__name__} in the place of properties")
-    dtype = properties.state[0]
-    if type(dtype) is not _DType:
-        raise TypeError(f"a {type(dtype).__name__} in the place of a dtype")
-    found = getattr(torch, dtype.args[0], None)
+    if not _is(properties, f"{_METADATA}.TensorProperties") or type(properties.state) is not tuple:
+        raise TypeError("a tensor without properties")
+    dtype, *_ = properties.state
+    if type(dtype) is not Name or not _DTYPE.fullmatch(dtype):
+        raise TypeError("a tensor without a dtype")
+    found = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"it has tensors of torch.{dtype.args[0]}, which torch {torch.__version__} does not know")
+        raise ValueError(f"it has tensors of {dtype}, which torch {torch.__version__} does not know")
     return found

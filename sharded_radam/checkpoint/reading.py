@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
+from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.files import DataFiles, Extent, in_order
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.metadata import SavedTensor
 from sharded_radam.checkpoint.verification import check_coverage
@@ -84,11 +85,13 @@ def read(index: Index, reads: Reads) -> None:
             copies = reads[extent]
             chunk = files.tensor(extent, copies[0].key)
             for copy in copies:
-                if tuple(chunk.shape) != copy.sizes:
-                    raise DamagedError(
-                        f"{index.folder / extent.file}, {copy.key}: shape {tuple(chunk.shape)}, expected {copy.sizes}"
-                    )
+                _check(chunk, copy.sizes, index.tensors[copy.key].dtype, f"{index.folder / extent.file}, {copy.key}")
                 copy.memory.copy_(chunk[copy.source])
+
+
+def _check(chunk: Tensor, sizes: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+    if tuple(chunk.shape) != sizes or chunk.dtype != dtype:
+        raise DamagedError(f"{what}: {chunk.dtype} of shape {tuple(chunk.shape)}, expected {dtype} of {sizes}")
 
 
 def read_tensor(index: Index, key: str, files: DataFiles) -> Tensor:
@@ -108,7 +111,9 @@ def fill_tensor(whole: Tensor, saved: SavedTensor, key: str, files: DataFiles) -
     check_coverage({key: saved})
     for box in saved.boxes:
         at = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes, strict=True))
-        whole[at].copy_(files.tensor(box.extent, key))
+        chunk = files.tensor(box.extent, key)
+        _check(chunk, box.sizes, saved.dtype, key)
+        whole[at].copy_(chunk)
 
 
 def read_value(index: Index, key: str, files: DataFiles) -> Any:

@@ -19,7 +19,8 @@ import torch
 import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
 from sharded_radam.checkpoint.contents import Staging, contents
-from sharded_radam.checkpoint.files import DamagedError, DataFile, DataFiles, Extent
+from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.files import DataFile, DataFiles, Extent
 from sharded_radam.checkpoint.index import MANIFEST, METADATA, write_index
 from sharded_radam.checkpoint.metadata import Box, SavedTensor
 from sharded_radam.checkpoint.verification import check_coverage

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from sharded_radam.checkpoint.files import DamagedError, DataFiles, Extent, in_order
+from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.files import DataFiles, Extent, in_order
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.metadata import SavedTensor
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from sharded_radam.compat import check_fake_collectives
 from sharded_radam.optimizer import ShardedRAdam
 from sharded_radam.overview import Stats
 from sharded_radam.plan import ParamSpec, make_plan
@@ -70,12 +71,13 @@ def simulate(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float 
         bucket_cap_mb: size of a bucket in MiB.
 
     Raises:
-        ValueError: the world size; or a process group exists already.
+        ValueError: the world size; a process group exists already; or torch is too old for it.
     """
     if not 2 <= world_size <= LARGEST_WORLD_SIZE:
         raise ValueError(f"--simulate {world_size}: expected 2 to {LARGEST_WORLD_SIZE} ranks")
     if dist.is_initialized():
         raise ValueError("a simulation needs a process without a process group: run it without torchrun")
+    check_fake_collectives()
     checks = []
     for rank in sorted({0, world_size // 2, world_size - 1}):
         for shard_gradients in (False, True):
