@@ -29,7 +29,8 @@ if tuple(map(int, version.split(".")[:2])) >= (2, 6):
 make_venv() {
     local extras=$1 venv=${VENV:-.venv} python torch wanted extra missing= constraints
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    PATH=${PATH//"$PWD/$venv/bin:"/} # not the environment that is being made
+    if [ "$venv" != none ]; then venv=$(realpath -m "$venv"); fi
+    PATH=${PATH//"$venv/bin:"/} # not the environment that is being made
     python=$(usable_python) || return 1
     torch=$(torch_of "$python")
     if [ "$venv" = none ]; then
@@ -68,5 +69,5 @@ make_venv() {
         "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable ".[$extras]"
         for extra in ${extras//,/ }; do printf '%s\n' "$wanted" >"$venv/installed-$extra"; done
     fi
-    export PATH="$PWD/$venv/bin:$PATH"
+    export PATH="$venv/bin:$PATH"
 }

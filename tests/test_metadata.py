@@ -204,6 +204,13 @@ BROKEN: dict[str, Callable[[], bytes]] = {
     "sizes of sizes": lambda: program(
         pickle.MARK, b"K\x00" * 20_000, pickle.TUPLE, pickle.MEMOIZE, (named("torch", "Size") + b"h\x00\x85R") * 5_000
     ),
+    "dicts of one list": lambda: program(
+        pickle.MARK,
+        b"K\x00" * 20_000,
+        pickle.LIST,
+        pickle.MEMOIZE,
+        (named("collections", "OrderedDict") + b"h\x00\x85R") * 5_000,
+    ),
     "a long name, many times": lambda: program(
         text("x" * 20_000), pickle.MEMOIZE, (b"h\x00h\x00" + pickle.STACK_GLOBAL) * 20_000
     ),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from sharded_radam import compat
 from sharded_radam.plan import ParamSpec
 from sharded_radam.planning.estimate import OURS as OURS_DDP
 from sharded_radam.planning.estimate import OURS_SHARDED, estimates
@@ -163,9 +164,7 @@ def test_demo(tmp_path: Path) -> None:
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHON": sys.executable,
-            "VENV": "none",
-            "GLOO_SOCKET_IFNAME": "lo",
+            **here(),
             "DEMO_OUTPUT": str(tmp_path / "demo"),
             "DEMO_FLAGS": small,
         },
@@ -177,3 +176,58 @@ def test_demo(tmp_path: Path) -> None:
     assert "complete; all checksums are right" in done.stdout
     assert "resumed on 3" in done.stdout
     assert (tmp_path / "demo" / "radam.pt").exists()
+
+
+def bash(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Bash in the checkout, after ``source scripts/venv.sh``."""
+    return subprocess.run(
+        ["bash", "-euc", f"source scripts/venv.sh; {code}"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_which_python_and_torch_the_scripts_use(tmp_path: Path) -> None:
+    """An installed torch is found; a Python that is too old, or has none, is an error that says what to set."""
+    assert bash('torch_of "$PYTHON"', PYTHON=sys.executable).stdout == f"{torch.__version__}\n"
+    assert bash("usable_python", PYTHON=sys.executable).stdout == f"{sys.executable}\n"
+    done = bash("usable_python", PYTHON="/no/such/python")
+    assert done.returncode == 1
+    assert "Python 3.10 or newer is needed, and PYTHON=/no/such/python is not" in done.stderr
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    done = bash("make_venv train", PYTHON=str(tmp_path / "empty" / "bin" / "python"), VENV="none")
+    assert done.returncode == 1
+    assert "VENV=none: " in done.stderr
+    assert "has no torch of 2.6 or newer" in done.stderr
+    done = bash("make_venv train; python -c 'import sharded_radam; print(sharded_radam.__file__)'", **here())
+    assert done.stdout == f"{ROOT}/sharded_radam/__init__.py\n"
+
+
+def here() -> dict[str, str]:
+    """Variables for scripts that use the environment that there is."""
+    return {"PYTHON": sys.executable, "VENV": "none", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_the_oldest_versions_are_the_same_everywhere() -> None:
+    oldest = ".".join(map(str, compat.OLDEST))
+    assert f'dependencies = ["torch>={oldest},<3"]' in (ROOT / "pyproject.toml").read_text()
+    assert f"torch {oldest} or newer" in (ROOT / "README.md").read_text()
+    assert f">= {compat.OLDEST}" in (ROOT / "scripts" / "venv.sh").read_text()
+
+
+def test_table_of_versions() -> None:
+    """README has what scripts/test_versions.sh found."""
+    table = [sys.executable, "scripts/versions_table.py"]
+    done = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout in (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "scripts" / "results" / "versions.json").read_text())
+    assert all(row["demo"] == "passed" and row["tests"].keys() <= {"passed", "skipped"} for row in rows)
+    found = {(row["python"].rpartition(".")[0], row["torch"].partition("+")[0]) for row in rows}
+    wanted = {("3.11", "2.13.0"), ("3.10", "2.6.0"), ("3.12", "2.8.0"), ("3.12", "2.11.0"), ("3.13", "2.14.1")}
+    assert found >= wanted
+    data = ROOT / "tests" / "data"
+    assert all((data / f"{row['python']}-{row['torch'].partition('+')[0]}.tar.xz").exists() for row in rows)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sharded_radam.checkpoint.errors import DamagedError
-from sharded_radam.checkpoint.pickles import PERSISTENT, Instance, Pairs, parse
+from sharded_radam.checkpoint.pickles import PERSISTENT, Instance, ordered_dict, parse
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
@@ -95,7 +95,7 @@ def _plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], conten
 
 
 _TENSOR = "torch._utils._rebuild_tensor_v2"
-_FUNCTIONS = {"collections.OrderedDict": Pairs}
+_FUNCTIONS = {"collections.OrderedDict": ordered_dict}
 _NAMES = {_TENSOR, *_FUNCTIONS, *_DTYPES}
 
 

@@ -18,7 +18,7 @@ import torch
 
 from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
 from sharded_radam.checkpoint.files import Extent
-from sharded_radam.checkpoint.pickles import Instance, Name, Pairs, parse
+from sharded_radam.checkpoint.pickles import Instance, Name, Pairs, ordered_dict, parse
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -235,7 +235,7 @@ def _member(cls: Any, name: Any) -> Instance:
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.Size": _size,
-    "collections.OrderedDict": Pairs,
+    "collections.OrderedDict": ordered_dict,
     "builtins.getattr": _member,
     "__builtin__.getattr": _member,  # as protocol 2 calls it
 }

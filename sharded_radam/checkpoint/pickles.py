@@ -48,6 +48,11 @@ class Pairs(list[tuple[Any, Any]]):
     __slots__ = ()
 
 
+def ordered_dict() -> Pairs:
+    """Stand for ``collections.OrderedDict()``. With arguments, which would be copied, it is not what torch pickles."""
+    return Pairs()
+
+
 class _Stack:
     """What the opcodes work on: values, the marks among them, and the memo."""
 
