@@ -27,6 +27,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 status=0
 for pair in "${pairs[@]}"; do
+    if [[ ! "$pair" =~ ^.+:[0-9]+\.[0-9.]+$ ]]; then
+        echo "$pair: expected PYTHON:TORCH, such as 3.12:2.11.0" >&2
+        exit 2
+    fi
+done
+for pair in "${pairs[@]}"; do
     if ! PYTHON=$(interpreter "${pair%:*}"); then
         echo "$pair: there is no Python ${pair%:*} here" >&2
         status=1

@@ -32,6 +32,10 @@ make_venv() {
     if [ "$venv" != none ]; then venv=$(realpath -m "$venv"); fi
     PATH=${PATH//"$venv/bin:"/} # not the environment that is being made
     python=$(usable_python) || return 1
+    if [ -n "${TORCH:-}" ] && ! [[ "$TORCH" =~ ^(2\.([6-9]|[1-9][0-9])(\..*)?)$ ]]; then
+        echo "TORCH=$TORCH: expected a release of 2.6 or newer, such as 2.11.0" >&2
+        return 1
+    fi
     torch=$(torch_of "$python")
     if [ "$venv" = none ]; then
         if [ -z "$torch" ]; then

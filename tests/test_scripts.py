@@ -198,6 +198,13 @@ def test_which_python_and_torch_the_scripts_use(tmp_path: Path) -> None:
     done = bash("usable_python", PYTHON="/no/such/python")
     assert done.returncode == 1
     assert "Python 3.10 or newer is needed, and PYTHON=/no/such/python is not" in done.stderr
+    for release in ("2.5.1", "3.12", "newest"):
+        done = bash("make_venv train", PYTHON=sys.executable, VENV=str(tmp_path / "x"), TORCH=release)
+        assert done.returncode == 1
+        assert f"TORCH={release}: expected a release of 2.6 or newer" in done.stderr
+    done = bash("scripts/test_versions.sh 3.12")
+    assert done.returncode == 2
+    assert "3.12: expected PYTHON:TORCH, such as 3.12:2.11.0" in done.stderr
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
     done = bash("make_venv train", PYTHON=str(tmp_path / "empty" / "bin" / "python"), VENV="none")
     assert done.returncode == 1

@@ -5,6 +5,9 @@ together are cut into ``world_size`` equal parts, one a rank::
 
     model    |  w1     |w2|      w3         |b|
     written  |-- rank 0 --|--- rank 1 --|--- rank 2
+
+Where the cuts are follows from shapes and dtypes, which are compared between ranks, and never from values, which may
+differ. Scalars, such as step counters, are rank 0's: it writes each value once.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Contents:
     """One rank's part: what it writes, and what there is altogether, which is alike on all ranks.
 
     ``described`` has dtype and shape of every tensor; ``parts`` and ``objects`` are for this rank to write; keys of
-    ``aliases`` have the same value as the part of another key.
+    ``aliases`` have the same value as the part of another key, on rank 0, which writes them.
     """
 
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -91,16 +94,19 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
             if key not in tensors
         }
     objects |= {f"{name}.{rank}": value for name, value in own.items()}
-    aliases = _aliases(tensors)
+    scalars = {key: value for key, value in tensors.items() if _is_scalar(value)}
+    aliases = _aliases(scalars) if rank == 0 else {}
     replicated = {
         key: _as_ranges(value)
         for key, value in tensors.items()
-        if not isinstance(value, RangeTensor) and key not in aliases
+        if not isinstance(value, RangeTensor) and key not in scalars
     }
     parts = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
     for key, value in tensors.items():
         if isinstance(value, RangeTensor):
             parts += _parts(key, value, rank)
+        elif rank == 0 and key in scalars and key not in aliases:
+            parts += _parts(key, _as_ranges(value), rank)
     return Contents(described, paths, parts, objects, aliases)
 
 
@@ -136,15 +142,18 @@ class Staging:
             self._memory = None
 
 
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _is_scalar(value: Tensor) -> bool:
+    return value.dim() == 0 and not isinstance(value, RangeTensor) and value.device.type == "cpu"
+
+
+def _aliases(scalars: Mapping[str, Tensor]) -> dict[str, str]:
     """Of scalars with one value, such as step counters, all but the first."""
     first: dict[Any, str] = {}
     found = {}
-    for key, value in tensors.items():
-        if value.dim() == 0 and not isinstance(value, RangeTensor) and value.device.type == "cpu":
-            original = first.setdefault((value.dtype, value.item()), key)
-            if original != key:
-                found[key] = original
+    for key, value in scalars.items():
+        original = first.setdefault((value.dtype, value.item()), key)
+        if original != key:
+            found[key] = original
     return found
 
 

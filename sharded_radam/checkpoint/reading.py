@@ -43,6 +43,8 @@ def plan_reads(index: Index, targets: Iterable[Target]) -> Reads:
         DamagedError: elements that are wanted are in no chunk.
     """
     reads: Reads = {}
+    targets = list(targets)
+    check_coverage({key: index.tensors[key] for key in dict.fromkeys(target.key for target in targets)})
     for target in targets:
         covered = 0
         for box in index.tensors[target.key].boxes:

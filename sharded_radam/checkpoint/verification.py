@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sharded_radam.checkpoint.errors import DamagedError
 from sharded_radam.checkpoint.files import DataFiles, Extent, in_order
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.metadata import SavedTensor
 
+Intervals = list[tuple[int, int]]
+"""First element and the one after the last, in each dimension of a box."""
+
 
 def check_coverage(tensors: Mapping[str, SavedTensor]) -> None:
-    """Raise DamagedError if the boxes of a tensor do not fill it."""
+    """Raise DamagedError unless the boxes of each tensor tile it: every element is in one box, and in no other."""
     for key, tensor in tensors.items():
         covered = sum(math.prod(box.sizes) for box in tensor.boxes)
         if covered != tensor.numel:
             raise DamagedError(f"{key}: {covered} of {tensor.numel} elements are in the checkpoint")
+        boxes = [
+            [(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True)]
+            for box in tensor.boxes
+            if math.prod(box.sizes)
+        ]
+        if tensor.numel and not tiles(boxes, [(0, size) for size in tensor.shape]):
+            raise DamagedError(f"{key}: some elements are in the checkpoint twice, others are not")
+
+
+def tiles(boxes: Sequence[Intervals], region: Intervals) -> bool:
+    """Whether boxes that are not empty cover a region, without overlaps and without anything beyond it.
+
+    The region is cut at every edge of a box in the first dimension. Between two cuts, the boxes that are there must
+    tile what is left of the region, in the dimensions that are left.
+    """
+    if len(boxes) == 1 or not region:
+        return len(boxes) == 1 and list(boxes[0]) == list(region)
+    (first, last), *others = region
+    starting: dict[int, list[Intervals]] = {}
+    for box in boxes:
+        starting.setdefault(box[0][0], []).append(box)
+    cuts = sorted({edge for box in boxes for edge in box[0]})
+    if not cuts or (cuts[0], cuts[-1]) != (first, last):
+        return False
+    there: list[Intervals] = []
+    for cut in cuts[:-1]:
+        there = [box for box in there if box[0][1] > cut] + starting.get(cut, [])
+        if not tiles([box[1:] for box in there], others):
+            return False
+    return True
 
 
 def verify(index: Index, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
