@@ -3,7 +3,7 @@
 # which variables choose another Python, torch or environment. Arguments go to pytest:
 #   scripts/test.sh tests/test_plan.py -k drawing
 #   scripts/test.sh --quick       without ruff and mypy, the tests that are marked quick, at 1, 2 and 3 ranks
-# Two files run at a time, since starting processes and waiting for them leaves cores idle; -n 0 runs one.
+# Two files run at once (-n 0: one), since starting processes and waiting for them leaves cores idle.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -11,10 +11,16 @@ if [[ " $* " == *" --quick "* ]]; then
     make_venv test,train
 else
     make_venv test,train,hf,lightning,tensorboard
-    ruff check .
-    ruff format --check .
-    if [ "$(python -c 'import torch; print(torch.__version__.partition("+")[0])')" = "$(sed -n 's/^torch==//p' constraints.txt)" ]; then
-        mypy
+    if python -m ruff --version >/dev/null 2>&1; then
+        python -m ruff check .
+        python -m ruff format --check .
+    else
+        echo "ruff: not run, since it is not installed"
+    fi
+    if ! python -m mypy --version >/dev/null 2>&1; then
+        echo "mypy: not run, since it is not installed"
+    elif [ "$(python -c 'import torch; print(torch.__version__.partition("+")[0])')" = "$(sed -n 's/^torch==//p' constraints.txt)" ]; then
+        python -m mypy
     else
         echo "mypy: not run, since each release of torch has other types"
     fi

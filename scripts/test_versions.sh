@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo with a small model, and the quick part of the tests, each with a Python and a torch of its own:
 #   scripts/test_versions.sh                       the pairs of README.md
-#   scripts/test_versions.sh 3.12:2.11.0 ...       these; for Python also a path, or several versions' prefix (3.12)
+#   scripts/test_versions.sh 3.12:2.11.0 ...       these; Python is a version, the start of one, or a path
 # Each pair gets a fresh environment, 3 to 5 GB for most, which is removed afterwards. What came out is added to
 # scripts/results/versions.json, and the table of it is printed.
 set -uo pipefail
@@ -33,7 +33,7 @@ for pair in "${pairs[@]}"; do
     fi
 done
 for pair in "${pairs[@]}"; do
-    if ! PYTHON=$(interpreter "${pair%:*}"); then
+    if ! PYTHON=$(interpreter "${pair%:*}"); then # a name that the scripts read
         echo "$pair: there is no Python ${pair%:*} here" >&2
         status=1
         continue
@@ -52,5 +52,5 @@ for pair in "${pairs[@]}"; do
     [ $demo = 0 ] || status=1
 done
 rm -rf "$work/venv"
-"$PYTHON" scripts/versions_table.py
+[ -f scripts/results/versions.json ] && python3 scripts/versions_table.py
 exit $status

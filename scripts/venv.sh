@@ -1,19 +1,25 @@
-# Sourced by demo.sh and test.sh. make_venv EXTRAS puts an environment with these extras first in PATH. Variables:
-#   PYTHON  the interpreter (the first of 3.10 or newer in PATH)
-#   VENV    where the environment is (.venv), or "none": nothing is installed, and PYTHON is used as it is
+# Sourced by demo.sh and test.sh. make_venv EXTRAS makes an environment with these extras if there is none, and puts it
+# first in PATH. Variables:
+#   PYTHON  the interpreter (python3 if it is 3.10 or newer, otherwise the newest in PATH)
+#   VENV    the folder of the environment (.venv), or "none": nothing is installed, and PYTHON is used as it is
 #   TORCH   the release of torch to install (that of constraints.txt)
-# Where PYTHON has a torch that can be used, as in a vendor's image, it is used and not replaced, unless TORCH is set.
+# Where PYTHON has torch 2.6 or newer, as in a vendor's image, it is used and not replaced, unless TORCH is set.
 
 usable_python() { # the first one that is new enough
-    local candidate
-    for candidate in "${PYTHON:-}" python3 python3.{14,13,12,11,10}; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    local candidate found candidates=(python3 python3.{14,13,12,11,10})
+    if [[ "${PYTHON:-}" == */* ]] && [[ "$PYTHON" != /* ]]; then PYTHON=${OLDPWD:-$PWD}/$PYTHON; fi # as it was given, before cd
+    if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
+        if ! found=$("$candidate" -c 'import platform; print(platform.python_version())' 2>&1); then
+            if [ -n "${PYTHON:-}" ]; then echo "PYTHON=$PYTHON cannot be started: $found" >&2; fi
+        elif "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
             command -v "$candidate"
             return
+        elif [ -n "${PYTHON:-}" ]; then
+            echo "PYTHON=$PYTHON is Python $found" >&2
         fi
-        if [ -n "${PYTHON:-}" ]; then break; fi # it is that one or none
     done
-    echo "Python 3.10 or newer is needed${PYTHON:+, and PYTHON=$PYTHON is not}; set PYTHON to one" >&2
+    echo "Python 3.10 or newer is needed; set PYTHON to one" >&2
     return 1
 }
 
@@ -25,6 +31,8 @@ if tuple(map(int, version.split(".")[:2])) >= (2, 6):
     import torch
     print(version)' 2>/dev/null || true
 }
+
+shopt -s extglob
 
 make_venv() {
     local extras=$1 venv=${VENV:-.venv} python torch wanted extra missing= constraints
@@ -39,7 +47,11 @@ make_venv() {
     torch=$(torch_of "$python")
     if [ "$venv" = none ]; then
         if [ -z "$torch" ]; then
-            echo "VENV=none: $python has no torch of 2.6 or newer" >&2
+            echo "VENV=none: $python has no torch of 2.6 or newer; set PYTHON to one that has, or leave VENV out" >&2
+            return 1
+        fi
+        if [ -n "${TORCH:-}" ]; then
+            echo "VENV=none installs nothing, so TORCH=$TORCH cannot be chosen: leave one of them out" >&2
             return 1
         fi
         mkdir -p .none # some systems have python3 only; a link would leave the environment that PYTHON may be of
@@ -51,6 +63,11 @@ make_venv() {
     if [ -n "${TORCH:-}" ]; then torch=; fi
     wanted=$("$python" -c 'import sys; print(sys.version, sys.prefix)'; echo "$torch ${TORCH:-}"; pwd)
     if [ "$(cat "$venv/made-of" 2>/dev/null)" != "$wanted" ]; then
+        if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && ! compgen -G "$venv/@(made-of|installed-*)" >/dev/null; then
+            echo "$venv is there, and was not made by this script, which would empty it. Set VENV to another folder, or" \
+                "use it as it is: VENV=none PYTHON=$venv/bin/python" >&2
+            return 1
+        fi
         "$python" -m venv --clear ${torch:+--system-site-packages} "$venv"
         if [ -n "$torch" ] && [ "$(torch_of "$venv/bin/python")" != "$torch" ]; then
             # PYTHON is of an environment itself, so its packages are not the system's.

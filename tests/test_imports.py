@@ -82,7 +82,10 @@ ALLOWED = {
         *("gradients", "overlap", "overview"),
         *(f"checkpoint.{name}" for name in ("agreement", "optimizer_part", "saving", "single")),
     },
-    "checkpoint.model_part": {f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")},
+    "checkpoint.model_part": {
+        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")),
+        "state",
+    },
     "checkpoint.manager": {
         *("checkpoint.agreement", "checkpoint.contents", "checkpoint.directory", "checkpoint.files"),
         *("checkpoint.index", "checkpoint.loading", "checkpoint.model_part", "checkpoint.optimizer_part"),

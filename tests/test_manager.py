@@ -112,6 +112,57 @@ def test_all_of_a_training(tmp_path: Path, saved_at: int) -> None:
             assert_same(result, wanted, world_size)
 
 
+class Extra(nn.Module):
+    """A module with extra state, of tensors and others."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.value: dict[str, Any] = {"seen": torch.full((50,), rank + 1.0), "rank": rank}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.value
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.value = state
+
+
+def check_buffers(rank: int, world_size: int, folder: str) -> list[Tensor]:
+    """Each rank normalises its own batches, so running statistics differ; and a buffer under another name."""
+    torch.manual_seed(0)
+    extra = Extra(rank)
+    model = nn.Sequential(nn.Linear(6, 33), nn.BatchNorm1d(33), nn.Linear(33, 2), extra)
+    module: nn.Module = DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = ShardedRAdam(model.named_parameters())
+    for step in range(3):
+        batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank)) + rank
+        nn.Sequential(*list(model)[:3])(batch).square().sum().backward()
+        for param in model.parameters():
+            assert param.grad is not None
+            param.grad.fill_(0.5)
+        optimizer.step()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    CheckpointManager(folder).save(world_size, model=module, optimizer=optimizer)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    extra.value = {"seen": torch.zeros(50), "rank": -1}
+    CheckpointManager(folder).load(world_size, model=module, optimizer=optimizer)
+    assert extra.value["rank"] == 0
+    assert torch.equal(extra.value["seen"], torch.ones(50))
+    return [*buffers, *(buffer.clone() for buffer in model.buffers())]
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES, 8])
+def test_buffers_are_those_of_rank_0(tmp_path: Path, world_size: int) -> None:
+    """As under DistributedDataParallel: never one tensor of parts from several ranks."""
+    results = run(check_buffers, world_size, str(tmp_path))
+    count = len(results[0]) // 2
+    wanted = results[0][:count]
+    assert world_size == 1 or not torch.equal(results[1][0], wanted[0])  # they did differ
+    for result in results:
+        assert_same(result[count:], wanted)
+
+
 def check_random_states(rank: int, world_size: int, folder: str) -> None:
     import numpy as np
 

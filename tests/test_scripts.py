@@ -197,7 +197,8 @@ def test_which_python_and_torch_the_scripts_use(tmp_path: Path) -> None:
     assert bash("usable_python", PYTHON=sys.executable).stdout == f"{sys.executable}\n"
     done = bash("usable_python", PYTHON="/no/such/python")
     assert done.returncode == 1
-    assert "Python 3.10 or newer is needed, and PYTHON=/no/such/python is not" in done.stderr
+    assert "PYTHON=/no/such/python cannot be started: " in done.stderr
+    assert "Python 3.10 or newer is needed; set PYTHON to one" in done.stderr
     for release in ("2.5.1", "3.12", "newest"):
         done = bash("make_venv train", PYTHON=sys.executable, VENV=str(tmp_path / "x"), TORCH=release)
         assert done.returncode == 1
@@ -210,6 +211,15 @@ def test_which_python_and_torch_the_scripts_use(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "VENV=none: " in done.stderr
     assert "has no torch of 2.6 or newer" in done.stderr
+    done = bash("make_venv train", TORCH="2.13.0", **here())
+    assert "VENV=none installs nothing, so TORCH=2.13.0 cannot be chosen" in done.stderr
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    done = bash("make_venv train", PYTHON=sys.executable, VENV=str(mine))
+    assert done.returncode == 1
+    assert "was not made by this script, which would empty it" in done.stderr
+    assert (mine / "thesis.txt").read_text() == "all of it"
     done = bash("make_venv train; python -c 'import sharded_radam; print(sharded_radam.__file__)'", **here())
     assert done.stdout == f"{ROOT}/sharded_radam/__init__.py\n"
 

@@ -7,7 +7,8 @@ together are cut into ``world_size`` equal parts, one a rank::
     written  |-- rank 0 --|--- rank 1 --|--- rank 2
 
 Where the cuts are follows from shapes and dtypes, which are compared between ranks, and never from values, which may
-differ. Scalars, such as step counters, are rank 0's: it writes each value once.
+differ. What may differ, rank 0 writes: buffers, as under DistributedDataParallel, and scalars such as step counters,
+each value once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -74,12 +75,19 @@ def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], Paths]:
     return flat, paths
 
 
-def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> Contents:
+def contents(
+    nested: Mapping[str, Any],
+    own: Mapping[str, Any],
+    rank: int,
+    world_size: int,
+    of_rank_0: Collection[tuple[str, str]] = (),
+) -> Contents:
     """What a rank writes.
 
     Args:
         nested: values of all ranks: tensors and others are alike on them, range tensors each have their own part.
         own: values of this rank only; each becomes ``<name>.<rank>``.
+        of_rank_0: the first two keys of what may differ between ranks in ``nested``: rank 0's is saved.
         rank: of the group.
         world_size: of the group.
     """
@@ -95,17 +103,18 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
         }
     objects |= {f"{name}.{rank}": value for name, value in own.items()}
     scalars = {key: value for key, value in tensors.items() if _is_scalar(value)}
+    whole = {*scalars, *(key for key in tensors if paths[key][:2] in of_rank_0)}
     aliases = _aliases(scalars) if rank == 0 else {}
     replicated = {
         key: _as_ranges(value)
         for key, value in tensors.items()
-        if not isinstance(value, RangeTensor) and key not in scalars
+        if not isinstance(value, RangeTensor) and key not in whole
     }
     parts = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
     for key, value in tensors.items():
         if isinstance(value, RangeTensor):
             parts += _parts(key, value, rank)
-        elif rank == 0 and key in scalars and key not in aliases:
+        elif rank == 0 and key in whole and key not in aliases:
             parts += _parts(key, _as_ranges(value), rank)
     return Contents(described, paths, parts, objects, aliases)
 

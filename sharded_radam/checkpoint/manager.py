@@ -23,7 +23,7 @@ from sharded_radam.checkpoint.contents import Opaque, Staging
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.loading import load_checkpoint
-from sharded_radam.checkpoint.model_part import model_content, model_targets
+from sharded_radam.checkpoint.model_part import may_differ, model_content, model_targets
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
@@ -108,7 +108,9 @@ class CheckpointManager:
 
         Args:
             step: its number; there must be none of this number.
-            model, optimizer: a model that all ranks have alike, and a ShardedRAdam.
+            model, optimizer: a model whose parameters all ranks have alike, and a ShardedRAdam. Buffers and extra
+                state of the model are rank 0's, as under DistributedDataParallel; what each rank shall have back for
+                itself goes into ``data``.
             scheduler: anything with ``state_dict()``.
             data: this rank's position in its data: a plain value, or anything with ``state_dict()``.
             user: a plain value that all ranks have; rank 0's is saved.
@@ -127,8 +129,10 @@ class CheckpointManager:
 
         def collect() -> Saved:
             nested: dict[str, Any] = {}
+            of_rank_0: set[tuple[str, str]] = set()
             if model is not None:
                 nested["model"] = model_content(model)
+                of_rank_0 = may_differ(model, nested["model"])
             if optimizer is not None:
                 nested["optim"] = _part(optimizer, model).content()
             if scheduler is not None:
@@ -138,7 +142,7 @@ class CheckpointManager:
             own = {"rng": _random_states()}
             if data is not None:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
-            return Saved(nested, own, {"step": step})
+            return Saved(nested, own, {"step": step}, of_rank_0)
 
         if self._peers.rank == 0:
             directory.remove_leftovers(self.folder, "*")

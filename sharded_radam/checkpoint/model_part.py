@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.optimizer_part import list_differences, some
 from sharded_radam.checkpoint.reading import Target, read_value
+from sharded_radam.state import plain_name
 
 
 def model_content(model: nn.Module) -> dict[str, Any]:
@@ -29,6 +30,12 @@ def model_content(model: nn.Module) -> dict[str, Any]:
     if sharded:
         raise ValueError(f"{some(sharded)}: sharded tensors; expected a model that every rank has as a whole")
     return content
+
+
+def may_differ(model: nn.Module, content: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Keys of what a model's content has beside parameters: buffers and extra state, which each rank has for itself."""
+    params = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {("model", name) for name in content.keys() - params}
 
 
 def model_targets(

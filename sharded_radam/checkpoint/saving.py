@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,15 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest."""
+    """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest.
+
+    ``of_rank_0`` has the first two keys of what may differ between ranks in ``nested``: rank 0's is saved.
+    """
 
     nested: Mapping[str, Any]
     own: Mapping[str, Any]
     info: Mapping[str, Any]
+    of_rank_0: Collection[tuple[str, str]] = ()
 
 
 class Save:
@@ -82,7 +86,7 @@ class Save:
         try:
             saved = collect()
             self._info |= saved.info
-            self._contents = contents(saved.nested, saved.own, peers.rank, peers.world_size)
+            self._contents = contents(saved.nested, saved.own, peers.rank, peers.world_size, saved.of_rank_0)
             offer = {**saved.info, "directory": str(self.final), "contents": self._contents.digest()}
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             problem = error
