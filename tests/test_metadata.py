@@ -24,7 +24,8 @@ from sharded_radam.checkpoint import decode, metadata, pickles
 from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
 from sharded_radam.checkpoint.files import DataFiles, Extent
 from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.metadata import Box, SavedTensor, pack, unpack
+from sharded_radam.checkpoint.metadata import Box, SavedTensor, unpack
+from sharded_radam.checkpoint.packing import pack
 
 pytestmark = pytest.mark.quick
 

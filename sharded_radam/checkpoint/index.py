@@ -15,7 +15,8 @@ from typing import Any
 
 from sharded_radam.checkpoint.errors import DamagedError
 from sharded_radam.checkpoint.files import Extent
-from sharded_radam.checkpoint.metadata import Content, SavedTensor, pack, unpack
+from sharded_radam.checkpoint.metadata import Content, SavedTensor, unpack
+from sharded_radam.checkpoint.packing import pack
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
