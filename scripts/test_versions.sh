@@ -33,7 +33,7 @@ for pair in "${pairs[@]}"; do
     fi
 done
 for pair in "${pairs[@]}"; do
-    if ! PYTHON=$(interpreter "${pair%:*}"); then # a name that the scripts read
+    if ! PYTHON=$(interpreter "${pair%:*}"); then
         echo "$pair: there is no Python ${pair%:*} here" >&2
         status=1
         continue
