@@ -487,7 +487,7 @@ def test_elements_that_no_chunk_has(tmp_path: Path) -> None:
     key = "optim.state.1.weight.exp_avg"
     metadata.state_dict_metadata[key].chunks.clear()
     (tmp_path / "a" / METADATA).write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=rf"{key}: 0 of 99 elements at \(0, 0\) are in the checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"{key}: 0 of 99 elements are in the checkpoint"):
         optimizer.load(tmp_path / "a")
     with pytest.raises(ValueError, match=rf"{key}: 0 of 99 elements are in the checkpoint"):
         verify(read_index(tmp_path / "a"))
