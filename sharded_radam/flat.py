@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,7 +160,15 @@ class Flat:
         """Buckets to parameters, where they are not views."""
         if not self.as_views:
             for param, view in zip(self.params, self._windows, strict=True):
-                param.detach().copy_(unflatten(view, param))
+                param.data.copy_(unflatten(view, param))  # by .data: note_updated counts, as it does for views
+
+    def note_updated(self, slots: Iterable[int]) -> None:
+        """Increment the version counters of parameters, which writing to the buffer does not.
+
+        Autograd then refuses a backward pass through a graph that was made with the values before, as it does after a
+        step of RAdam.
+        """
+        torch.autograd.graph.increment_version([self.params[slot] for slot in slots])
 
     def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy the own elements of a parameter's state, or zeros; masters from the parameter if it has none.

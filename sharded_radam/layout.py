@@ -98,6 +98,7 @@ def agree(
 
 def broadcast_(tensors: Sequence[Tensor], transport: Transport) -> None:
     """Collective: rank 0's values into tensors of any memory order (modified in place)."""
+    torch.autograd.graph.increment_version(tensors)
     for tensor in tensors:
         flat = flatten(tensor.detach(), dim_order(tensor)).contiguous()
         transport.broadcast(flat)

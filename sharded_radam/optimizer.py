@@ -347,6 +347,7 @@ class ShardedRAdam(RAdam, Joinable):
                 with meter.phase("all_gather"):
                     self._network.count("all_gather", flat.bucket(bucket))
                     handles[index, bucket] = self._network.all_gather(flat.bucket(bucket))
+            flat.note_updated(slot for cohort in flat_cohorts for slot in cohort.slots)
         with meter.phase("all_gather"):
             self._network.end_update()
             if self._arrivals is not None:
