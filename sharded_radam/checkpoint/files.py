@@ -21,6 +21,7 @@ from torch import Tensor
 from sharded_radam.checkpoint.decode import Bytes, decode
 from sharded_radam.checkpoint.errors import DamagedError
 
+_MOST_OPEN = 4
 _READ_BYTES = 2**20
 _WRITE_BACK_BYTES = 8 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -103,7 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 class DataFiles:
-    """The files of one checkpoint, opened when they are first read; a context manager."""
+    """The files of one checkpoint, opened when they are read, and a few of them at a time; a context manager."""
 
     def __init__(self, folder: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
         self._folder = folder
@@ -196,5 +197,7 @@ class DataFiles:
 
     def _open(self, file: str) -> int:
         if file not in self._descriptors:
+            if len(self._descriptors) == _MOST_OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY)
         return self._descriptors[file]

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,14 +36,19 @@ class Restored:
     """What a checkpoint had beside what was loaded into objects.
 
     ``data`` is what this rank saved as its data position, or what all ranks saved if that is one and the same; None if
-    the ranks are others now and had different ones. ``data_of_ranks`` has those of all ranks that saved.
+    the ranks are others now and had different ones.
     """
 
     step: int
     user: Any
     data: Any
-    data_of_ranks: tuple[Any, ...]
     optimizer: LoadReport | None
+    _read_positions: Callable[[], tuple[Any, ...]] = field(repr=False, compare=False)
+
+    @property
+    def data_of_ranks(self) -> tuple[Any, ...]:
+        """Data positions of all ranks that saved, read when they are asked for: the checkpoint must still be there."""
+        return self._read_positions()
 
 
 class CheckpointManager:
@@ -239,13 +244,13 @@ class CheckpointManager:
             prepared = part.prepare(index, files, strict, "optim") if part else None
             schedule = _value(index, files, "scheduler") if scheduler is not None else None
             user = files.load(index.objects["user"], "user") if "user" in index.objects else None
-            states = _of_ranks(index, files, "rng") if rng else ()
-            positions = _of_ranks(index, files, "data")
-            position = self._own(positions)
+            state = self._own(index, files, "rng") if rng else None
+            position = self._position(index, files)
             if data is not None and position is None:
                 raise ValueError(
-                    f"data: the checkpoint has {len(positions)} positions, of as many ranks, that differ, and there "
-                    f"are {self._peers.world_size} ranks: load without data=, and choose from data_of_ranks"
+                    f"data: the checkpoint has {len(_of_ranks(index, 'data'))} positions, of as many ranks, that "
+                    f"differ, and there are {self._peers.world_size} ranks: load without data=, and choose from "
+                    "data_of_ranks"
                 )
 
             def apply() -> Restored:
@@ -256,9 +261,9 @@ class CheckpointManager:
                     scheduler.load_state_dict(schedule)
                 if data is not None:
                     data.load_state_dict(position)
-                if len(states) == self._peers.world_size:
-                    _set_random_states(states[self._peers.rank])
-                return Restored(step, user, position, positions, report)
+                if state is not None:
+                    _set_random_states(state)
+                return Restored(step, user, position, report, lambda: _read_positions(index))
 
             return [*targets, *(prepared.targets if prepared else [])], apply
 
@@ -268,10 +273,19 @@ class CheckpointManager:
             logger.info("loaded %s%s", path, f": {restored.optimizer}" if restored.optimizer else "")
         return restored
 
-    def _own(self, positions: tuple[Any, ...]) -> Any:
-        if len(positions) == self._peers.world_size:
-            return positions[self._peers.rank]
-        return positions[0] if positions and all(position == positions[0] for position in positions) else None
+    def _own(self, index: Index, files: DataFiles, name: str) -> Any:
+        """What this rank saved for itself, if as many ranks saved as there are now: only its own file is opened."""
+        keys = _of_ranks(index, name)
+        if len(keys) != self._peers.world_size:
+            return None
+        return files.load(index.objects[keys[self._peers.rank]], keys[self._peers.rank])
+
+    def _position(self, index: Index, files: DataFiles) -> Any:
+        keys = _of_ranks(index, "data")
+        if len(keys) in (0, self._peers.world_size):
+            return self._own(index, files, "data")
+        first, *others = (files.load(index.objects[key], key) for key in keys)
+        return first if all(other == first for other in others) else None
 
 
 def _part(optimizer: Any, model: nn.Module | None) -> OptimizerPart:
@@ -290,10 +304,15 @@ def _value(index: Index, files: DataFiles, key: str) -> Any:
     return files.load(index.objects[key], key)
 
 
-def _of_ranks(index: Index, files: DataFiles, name: str) -> tuple[Any, ...]:
-    """Values that the ranks saved, each its own."""
-    ranks = sorted(int(key.removeprefix(f"{name}.")) for key in index.objects if key.startswith(f"{name}."))
-    return tuple(files.load(index.objects[f"{name}.{rank}"], f"{name}.{rank}") for rank in ranks)
+def _of_ranks(index: Index, name: str) -> list[str]:
+    """Keys of what the ranks saved, each its own, in the order of ranks."""
+    keys = [key for key in index.objects if key.startswith(f"{name}.")]
+    return sorted(keys, key=lambda key: int(key.removeprefix(f"{name}.")))
+
+
+def _read_positions(index: Index) -> tuple[Any, ...]:
+    with DataFiles(index.folder) as files:
+        return tuple(files.load(index.objects[key], key) for key in _of_ranks(index, "data"))
 
 
 def _random_states() -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""A rank opens the files that it needs, and a few of them at a time."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam.checkpoint import files
+from sharded_radam.checkpoint.index import read_index
+from sharded_radam.checkpoint.verification import verify
+from tests.cases import set_grads
+from tests.ranks import run
+
+DESCRIPTORS = "/proc/self/fd"
+pytestmark = pytest.mark.skipif(not os.path.isdir(DESCRIPTORS), reason="open files are counted in Linux's /proc")
+
+
+@contextmanager
+def few_descriptors() -> Iterator[int]:
+    """At most 8 more than are open now, which are fewer than there are files; gives the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir(DESCRIPTORS)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+    try:
+        yield highest + 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def training(width: int) -> tuple[nn.Module, ShardedRAdam]:
+    torch.manual_seed(0)
+    model = nn.Linear(width, 3)
+    optimizer = ShardedRAdam(model.named_parameters(), bucket_cap_mb=1e-3, transport="gloo")
+    set_grads(model.parameters(), 1)
+    optimizer.step()
+    return model, optimizer
+
+
+def check_load(rank: int, world_size: int, folder: str) -> None:
+    model, optimizer = training(1001)
+    manager = CheckpointManager(folder, timeout=20)
+    manager.save(1, model=model, optimizer=optimizer, data={"at": rank})
+    wanted = [param.detach().clone() for param in model.parameters()]
+    state = torch.get_rng_state()
+    for param in model.parameters():
+        param.detach().zero_()
+    torch.manual_seed(rank)
+    with few_descriptors() as limit:
+        assert limit <= 64
+        restored = manager.load(1, model=model, optimizer=optimizer)
+        assert restored.data == {"at": rank}
+        assert restored.data_of_ranks == tuple({"at": at} for at in range(world_size))
+    assert torch.equal(torch.get_rng_state(), state)
+    for param, value in zip(model.parameters(), wanted, strict=True):
+        assert torch.equal(param, value)
+
+
+def test_sixteen_ranks_with_few_descriptors(tmp_path: Path) -> None:
+    """The model is cut over the files of all ranks."""
+    run(check_load, 16, str(tmp_path))
+    index = read_index(tmp_path / "step_1")
+    assert len({box.extent.file for box in index.tensors["model.weight"].boxes}) == 16
+    with few_descriptors():
+        verify(index)
+
+
+def check_opened(rank: int, world_size: int, folder: str) -> None:
+    """At the world size of saving, one's own random state and position are all that is read beside the shards."""
+    _, optimizer = training(40)
+    manager = CheckpointManager(folder, timeout=20)
+    manager.save(1, optimizer=optimizer, data=rank)
+    read: list[str] = []
+    original = files.DataFiles.read
+
+    def noted(self: files.DataFiles, extent: files.Extent, what: str) -> Any:
+        read.append(what)
+        return original(self, extent, what)
+
+    files.DataFiles.read = noted  # type: ignore[method-assign]
+    try:
+        restored = manager.load(1)
+        assert sorted(read) == [f"data.{rank}", f"rng.{rank}"]
+        read.clear()
+        assert restored.data_of_ranks == tuple(range(world_size))
+        assert read == [f"data.{at}" for at in range(world_size)]
+    finally:
+        files.DataFiles.read = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_what_other_ranks_saved_for_themselves_is_not_read(tmp_path: Path, world_size: int) -> None:
+    run(check_opened, world_size, str(tmp_path))
