@@ -124,25 +124,25 @@ def saved(tensor: Any) -> tuple[bytes, bytes]:
 
 
 def test_chunks_cannot_set_attributes_either() -> None:
-    """Not of the functions and classes that make tensors; torch.load then says what it thinks of the file."""
+    """Not of the functions and classes that make tensors."""
     tensor = torch.arange(6.0)
     data, pickled = saved(tensor)
     before = classes()
     for name in ("_rebuild_tensor_v2", "FloatStorage", "OrderedDict"):
         end = pickled.index(name.encode()) + len(name) + 1  # GLOBAL is two lines
         attack = set_attributes("__defaults__", pickle.EMPTY_TUPLE)
-        assert decode.decode(chunk(data, pickled[:end] + attack + pickled[end:])) is None
-        assert classes() == before
-    found = decode.decode(chunk(data, pickled))
-    assert found is not None
-    assert torch.equal(found, tensor)
+        for read in (decode.decode, decode.decode_tensor):
+            with pytest.raises(DamagedError, match="a state for something that has none"):
+                read(chunk(data, pickled[:end] + attack + pickled[end:]))
+            assert classes() == before
+    assert torch.equal(decode.decode_tensor(chunk(data, pickled)), tensor)
 
 
 def test_chunks_that_grow(tmp_path: Path) -> None:
     """A few bytes that become many: compressed records, strides of 0; another dtype or shape than the index has."""
     data, pickled = saved(torch.arange(6.0))
     with pytest.raises(DamagedError, match="it has compressed records"):
-        decode.decode(chunk(data, pickled, zipfile.ZIP_DEFLATED))
+        decode.decode_tensor(chunk(data, pickled, zipfile.ZIP_DEFLATED))
     wide = torch.ones(1).expand(10**12)
     content, _ = saved(wide)
     (tmp_path / "a").write_bytes(content)
@@ -154,9 +154,7 @@ def test_chunks_that_grow(tmp_path: Path) -> None:
         for kind in (torch.eye(3).to_sparse(), torch.empty(2, device="meta")):
             content, _ = saved(kind)
             (tmp_path / "a").write_bytes(content)
-            with pytest.raises(
-                DamagedError, match=r"more elements than are saved|a tensor of another kind than is saved"
-            ):
+            with pytest.raises(DamagedError, match="which is no plain value"):
                 files.tensor(Extent("a", 0, len(content), None), "w")
 
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.decode import Bytes, decode
+from sharded_radam.checkpoint.decode import decode, decode_tensor
 from sharded_radam.checkpoint.errors import DamagedError
+
+T = TypeVar("T")
 
 _MOST_OPEN = 4
 _READ_BYTES = 2**20
@@ -93,16 +94,6 @@ class DataFile:
         """For torch.save; the file is flushed at its end."""
 
 
-def _reason(error: Exception) -> str:
-    """Why torch.load failed, without its advice to allow all code."""
-    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return (
-            f"it needs {found[1]}, which is no plain value, so it was not read. Expected tensors, numbers, text, and "
-            "dicts, lists and tuples of these"
-        )
-    return f"cannot be read: {str(error).partition(chr(10))[0]}"
-
-
 class DataFiles:
     """The files of one checkpoint, opened when they are read, and a few of them at a time; a context manager."""
 
@@ -166,13 +157,7 @@ class DataFiles:
         Raises:
             DamagedError: other bytes than were saved, or not those of a tensor.
         """
-        content = self.read(extent, what)
-        value = self._decode(content, extent, what)
-        if not isinstance(value, Tensor):
-            raise DamagedError(f"{self._folder / extent.file}, {what}: a {type(value).__name__}, expected a tensor")
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise DamagedError(f"{self._folder / extent.file}, {what}: a tensor of another kind than is saved")
-        return value
+        return self._decode(decode_tensor, extent, what)
 
     def load(self, extent: Extent, what: str) -> Any:
         """A value of any kind, in memory of its own.
@@ -180,20 +165,14 @@ class DataFiles:
         Raises:
             DamagedError: other bytes than were saved, or not those of a plain value.
         """
-        value = self._decode(self.read(extent, what), extent, what)
-        return value.clone() if isinstance(value, Tensor) else value
+        return self._decode(decode, extent, what)
 
-    def _decode(self, content: memoryview, extent: Extent, what: str) -> Any:
-        """By torch.load with weights_only, which runs no code of the file; plain tensors by a faster way."""
+    def _decode(self, function: Callable[[memoryview], T], extent: Extent, what: str) -> T:
+        content = self.read(extent, what)
         try:
-            found: Any = decode(content)
-            if found is None:
-                found = torch.load(cast("IO[bytes]", Bytes(content)), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DamagedError(f"{self._folder / extent.file}, {what}: {_reason(error)}") from error
-        if isinstance(found, Tensor) and found.layout == torch.strided and found.nbytes > len(content):
-            raise DamagedError(f"{self._folder / extent.file}, {what}: more elements than are saved")
-        return found
+            return function(content)
+        except ValueError as error:  # one of ours: DamagedError, ForbiddenError
+            raise DamagedError(f"{self._folder / extent.file}, {what}: {error}") from error
 
     def _open(self, file: str) -> int:
         if file not in self._descriptors:

@@ -102,8 +102,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _allows(name: str) -> bool:
-    return name in _NAMES or name in _FUNCTIONS or _DTYPE.fullmatch(name) is not None
+def _check_name(name: str) -> None:
+    if name not in _NAMES and name not in _FUNCTIONS and not _DTYPE.fullmatch(name):
+        raise ForbiddenError(
+            f"it asks for {name}, which no checkpoint needs: it was not read, since loading it could run code of "
+            "whoever wrote it"
+        )
 
 
 def unpack(content: bytes) -> Content:
@@ -114,7 +118,7 @@ def unpack(content: bytes) -> Content:
         DamagedError: it is no pickle, or not one of a checkpoint.
         ValueError: what it describes cannot be read here.
     """
-    found = parse(content, _allows, _FUNCTIONS)
+    found = parse(content, _check_name, _FUNCTIONS)
     try:
         return _content(found)
     except (LookupError, TypeError) as error:

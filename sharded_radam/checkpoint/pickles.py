@@ -48,6 +48,16 @@ class Pairs(list[tuple[Any, Any]]):
     __slots__ = ()
 
 
+class Ordered(Pairs):
+    """Those of a ``collections.OrderedDict``, and its attributes."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = None
+
+
 def ordered_dict() -> Pairs:
     """Stand for ``collections.OrderedDict()``. With arguments, which would be copied, it is not what torch pickles."""
     return Pairs()
@@ -57,10 +67,10 @@ class _Stack:
     """What the opcodes work on: values, the marks among them, and the memo."""
 
     def __init__(
-        self, content: bytes, allows: Callable[[str], bool], functions: Mapping[str, Callable[..., Any]]
+        self, content: bytes, check: Callable[[str], object], functions: Mapping[str, Callable[..., Any]]
     ) -> None:
         self.content = content
-        self.allows = allows
+        self.check = check
         self.functions = functions
         self.at = 0
         self.values: list[Any] = []
@@ -134,11 +144,7 @@ class _Stack:
         if len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("a name that is too long")
         full = Name(f"{module}.{name}")
-        if not self.allows(full):
-            raise ForbiddenError(
-                f"it asks for {full}, which no checkpoint needs: it was not read, since loading it could run code of "
-                "whoever wrote it"
-            )
+        self.check(full)
         self.values.append(full)
 
     def call(self) -> None:
@@ -151,12 +157,12 @@ class _Stack:
 
     def build(self) -> None:
         state = self.values.pop()
-        if type(self.values[-1]) is not Instance or self.values[-1].state is not None:
+        if type(self.values[-1]) not in (Instance, Ordered) or self.values[-1].state is not None:
             raise TypeError("a state for something that has none")
         self.values[-1].state = state
 
     def add(self, kind: type[list[Any]], items: list[Any]) -> None:
-        if type(self.values[-1]) is not kind:
+        if type(self.values[-1]) is not kind and not (kind is Pairs and type(self.values[-1]) is Ordered):
             raise TypeError(f"items for something that is no {kind.__name__}")
         self.values[-1].extend(zip(items[::2], items[1::2], strict=True) if kind is Pairs else items)
 
@@ -215,19 +221,19 @@ _OPCODES: dict[int, Callable[[_Stack], Any]] = {
 }
 
 
-def parse(content: bytes, allows: Callable[[str], bool], functions: Mapping[str, Callable[..., Any]]) -> Any:
+def parse(content: bytes, check: Callable[[str], object], functions: Mapping[str, Callable[..., Any]]) -> Any:
     """Return the object in a pickle, as data.
 
     Args:
         content: the bytes.
-        allows: whether the pickle may have this name.
+        check: raises ForbiddenError for a name that the pickle may not have.
         functions: ours, which make the value of a call of these names; what they raise is damage.
 
     Raises:
         ForbiddenError: a name that is not allowed.
         DamagedError: it is no pickle, or has opcodes that no plain object needs.
     """
-    stack = _Stack(content, allows, functions)
+    stack = _Stack(content, check, functions)
     try:
         return stack.run()
     except ForbiddenError:
