@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinCon
 from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
 
+from sharded_radam import callers
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
 from sharded_radam.checkpoint.agreement import Peers
@@ -143,7 +144,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._flats: list[Flat] = []
         self._gradients: ShardedGradients | None = None
         self._arrivals: Arrivals | None = None
-        self._consolidated: dict[str, Any] | None = None
+        self._consolidated: dict[Tensor, Any] | None = None
         self._joined = False
         self._transport: Transport | None = None
         super().__init__(
@@ -178,6 +179,7 @@ class ShardedRAdam(RAdam, Joinable):
             ValueError: as at construction; the optimizer is unchanged then.
         """
         super().add_param_group(param_group)
+        self._consolidated = None
         if self._transport is not None:  # otherwise the constructor of the base class is adding the first groups
             try:
                 self._adopt(self.param_groups[-1:])
@@ -519,8 +521,8 @@ class ShardedRAdam(RAdam, Joinable):
             to: rank of the process group that gets it.
 
         Returns:
-            The dict on rank ``to``, None elsewhere. The next ``state_dict()`` on rank ``to`` returns it too, and lets
-            go of it; so does the next step.
+            The dict on rank ``to``, None elsewhere. Until the next step (or the next loading, or a new param group),
+            ``state_dict()`` on rank ``to`` returns the same state.
         """
         if not 0 <= to < self._network.world_size:
             raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
@@ -535,39 +537,75 @@ class ShardedRAdam(RAdam, Joinable):
         for flat, tensors in zip(self._flats, gathered, strict=True):
             for param, tensor in zip(flat.params, tensors or [], strict=True):
                 found[param] = {"step": states.export_step(self.state[param]["step"]).cpu(), **tensor}
-        groups = deepcopy(states.pack_groups(self.param_groups))
-        self._consolidated = {"state": states.index_state(found, self.param_groups), "param_groups": groups}
-        return self._consolidated
+        if self._network.world_size > 1:
+            self._consolidated = found
+        return self._copy(found)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this process; never collective.
+        """The whole state, where it is in this process; not collective.
 
-        After ``consolidate_state_dict`` on its target rank, the consolidated dict, once. Otherwise with one rank what
-        RAdam returns. With several ranks the moments are :class:`~sharded_radam.ranges.RangeTensor` with this rank's
-        elements: live views, which ``load_state_dict`` takes back and torch.distributed.checkpoint saves and loads at
-        any world size, and which refuse to be pickled.
+        With one rank what RAdam returns. With several ranks, after ``consolidate_state_dict``, on its target rank and
+        until the next step: the consolidated state, with the options that the param groups have now. For
+        torch.distributed.checkpoint, whose functions call this, ``sharded_state_dict()``.
+
+        Raises:
+            RuntimeError: there is only this rank's part of the state, and someone else asks.
         """
+        if callers.takes_parts() or self._network.world_size == 1:
+            return self.sharded_state_dict()
+        whole = self._consolidated
+        if whole is None:
+            raise RuntimeError(
+                f"state_dict() on rank {self._network.rank} of {self._network.world_size}: only this rank's part of "
+                "the state is here, and a file of it could never be loaded; no file has been touched. Expected one of: "
+                "consolidate_state_dict(to=0) on all ranks after the last step, then state_dict() on rank 0 alone; "
+                "save(path), or CheckpointManager; the functions of torch.distributed.checkpoint; for that part, "
+                "sharded_state_dict(). (Learning rates and the like are in param_groups.)"
+            )
+        return self._with_hooks(lambda: self._copy(whole))
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, for torch.distributed.checkpoint; not collective.
+
+        As in ``dcp.save({"optimizer": optimizer.sharded_state_dict()})``, on all ranks. With one rank it is the whole
+        state, as RAdam's. With several, moments are :class:`~sharded_radam.ranges.RangeTensor` with this rank's
+        elements: live views, which ``load_state_dict`` takes back, and which refuse to be pickled.
+        """
+        return self._with_hooks(lambda: self._as_dict(self._local_state()))
+
+    def _as_dict(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
+        """State by parameter in torch's format, with the param groups as they are now."""
+        return {
+            "state": states.index_state(found, self.param_groups),
+            "param_groups": states.pack_groups(self.param_groups),
+        }
+
+    def _copy(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
+        """The same, of which nothing changes later but the tensors of ``found``."""
+        state_dict = self._as_dict({key: dict(state) for key, state in found.items()})
+        return {**state_dict, "param_groups": deepcopy(state_dict["param_groups"])}
+
+    def _with_hooks(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict, self._consolidated = self._consolidated, None
-        if state_dict is None:
-            state_dict = self._local_state_dict()
+        state_dict = make()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
-    def _local_state_dict(self) -> dict[str, Any]:
+    def _local_state(self) -> dict[Tensor, Any]:
         found: dict[Tensor, Any] = dict(self.state)
         for flat in self._flats:
             for slot, param in enumerate(flat.params):
                 tensors = flat.range_tensors(slot) if self._network.world_size > 1 else {}
                 state = {**self.state[param], **tensors}
                 found[param] = {**state, "step": states.export_step(state["step"])} if "step" in state else state
-        return {
-            "state": states.index_state(found, self.param_groups),
-            "param_groups": states.pack_groups(self.param_groups),
-        }
+        return found
+
+    def _answer_with_part(self) -> None:
+        """Until the next step, ``state_dict()`` returns this rank's part: for those who ask it and write nothing."""
+        self._consolidated = self._local_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a consolidated state, at any world size: each rank copies its own elements.

@@ -1,8 +1,8 @@
 """A tensor of a parameter's shape, of which one rank holds some ranges of elements.
 
-``state_dict()`` has these at world size > 1. torch.distributed.checkpoint writes and reads them as N-D boxes of the
-whole tensor, by the three methods of its ``_Checkpointable`` protocol, so that a checkpoint has no trace of world size,
-buckets or order. A range is at most ``2 * ndim - 1`` boxes::
+``sharded_state_dict()`` has these at world size > 1. torch.distributed.checkpoint writes and reads them as N-D boxes of
+the whole tensor, by the three methods of its ``_Checkpointable`` protocol, so that a checkpoint has no trace of world
+size, buckets or order. A range is at most ``2 * ndim - 1`` boxes::
 
     range [5, 22) of a tensor of shape (4, 6)        box      offsets  sizes
         . . . . . a                                  a        (0, 5)   (1, 1)
@@ -21,15 +21,22 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from sharded_radam import callers
 from sharded_radam.memory import window
 
 aten = torch.ops.aten
 
 _NOT_WHOLE = (
-    "this is from the local state_dict() of a ShardedRAdam at world size > 1: it holds only the elements that this "
+    "this is from the sharded_state_dict() of a ShardedRAdam at world size > 1: it holds only the elements that this "
     "rank owns, and a file of it could never be loaded again. Expected: call consolidate_state_dict(to=0) on all ranks "
-    "and save the dict that it returns on rank 0 (which the next state_dict() there returns as well); or save with "
+    "and save the dict that it returns on rank 0 (as state_dict() does there until the next step); or save with "
     "torch.distributed.checkpoint on all ranks, which writes each rank's part."
+)
+_ONE_WRITER = (
+    "torch.distributed.checkpoint is saving on one rank alone (no_dist=True, or a process group of one rank), and this "
+    "rank has only a part of the optimizer's state; nothing has been written. Expected: dcp.save on all ranks, without "
+    "no_dist; or, on all ranks, get_optimizer_state_dict(model, optimizer, options=StateDictOptions("
+    "full_state_dict=True)) or consolidate_state_dict(to=0), of which one rank saves the result."
 )
 
 
@@ -129,6 +136,8 @@ class RangeTensor(torch.Tensor):
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+        if callers.num_writers() == 1 and sum(stop - start for start, stop in self.spans()) < self.numel():
+            raise RuntimeError(_ONE_WRITER)
         chunks = self.__create_chunk_list__()
         if not self.numel():  # a key without bytes, which every rank writes and DCP then writes once
             chunks = [ChunkStorageMetadata(torch.Size([0] * self.dim()), self.size())]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,9 @@ def reference_radam(
             m_hat = m_hat * r * (1 - betas[1] ** t) ** 0.5 / (v.sqrt() + eps)
         p = p - lr * m_hat
     return p
+
+
+def quietly(action: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return action(*args, **options)

@@ -79,6 +79,10 @@ def check_file(state: dict[str, Any], model: nn.Module, steps: int) -> None:
     assert {int(of["step"]) for of in optimizer.state.values()} == {steps}
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # Hugging Face Trainer
 
 
@@ -132,6 +136,21 @@ def trainer(shards: bool = False) -> None:
         content = torch.load(f"ours/checkpoint-{STEPS}/optimizer.pt", weights_only=True)
         assert sorted(len(group["params"]) for group in content["param_groups"]) == [10, 18]
         assert {int(of["step"]) for of in content["state"].values()} == {STEPS}
+        check_forgotten(
+            lambda: train(code.replace("ConsolidateCallback()", ""), "ours", 15, f"ours/checkpoint-{STEPS}")
+        )
+
+
+def check_forgotten(train: Callable[[], object]) -> None:
+    """Without the callback: rank 0's error comes before its file, and leaves the folders that are there."""
+    before = contents(Path("ours"))
+    dist.barrier()
+    with pytest.raises(RuntimeError, match="only this rank's part" if dist.get_rank() == 0 else None):
+        train()
+    dist.destroy_process_group()  # rank 1 waits for rank 0, which is gone
+    after = contents(Path("ours"))
+    assert {path: after[path] for path in before} == before
+    assert not any(path.name == "optimizer.pt" for path in after.keys() - before.keys())
 
 
 # The others
@@ -163,6 +182,12 @@ def accelerate() -> None:
     check_file(torch.load("state/optimizer.bin", weights_only=True), model, STEPS)
     from sharded_radam.integrations.hf import consolidate_on_save
 
+    before = Path("state/optimizer.bin").read_bytes()
+    other = Accelerator(cpu=True)
+    other.prepare(network(), trained["optimizer"].optimizer)  # takes the state, and gives it back
+    with pytest.raises(RuntimeError, match="only this rank's part"):  # without consolidate_on_save
+        other.save_state("state")
+    assert Path("state/optimizer.bin").read_bytes() == before
     with pytest.raises(TypeError, match="expected a ShardedRAdam"):
         consolidate_on_save(None, torch.optim.SGD([torch.ones(1)]))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from sharded_radam.checkpoint.optimizer_part import LoadReport
 from sharded_radam.checkpoint.verification import verify
 from sharded_radam.compat import VERSION
 from sharded_radam.state import plain_name
-from tests.cases import assert_same, set_grads
+from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_ranges import END, SAVED_AT, Net, make, state_of, train, under_ddp, uninterrupted
 
@@ -46,12 +45,6 @@ def named(kind: str) -> tuple[nn.Module, ShardedRAdam]:
     if kind == "other layout":
         return model, ShardedRAdam(params[::-1], foreach=True, bucket_cap_mb=2e-3)
     return model, ShardedRAdam(params, foreach=True, bucket_cap_mb=1e-3)
-
-
-def quietly(action: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return action(*args, **options)
 
 
 # Matrix
@@ -312,7 +305,6 @@ def prefixed(model: nn.Module) -> Any:
 def by_name(optimizer: ShardedRAdam) -> dict[str, Any]:
     """The whole state, on rank 0."""
     saved = optimizer.consolidate_state_dict(to=0)
-    optimizer.state_dict()
     if saved is None:
         return {}
     pairs = [pair for g in saved["param_groups"] for pair in zip(g["param_names"], g["params"], strict=True)]
@@ -378,7 +370,6 @@ def check_strict(_rank: int, world_size: int, folder: str) -> None:
     loaded = ShardedRAdam(other.named_parameters(), lr=0.5)
     half_steps(other, loaded, 1, 2)
     before = copy.deepcopy(loaded.consolidate_state_dict(to=0))
-    loaded.state_dict()
     with pytest.raises(CheckpointError) as caught:
         loaded.load(path)
     for text in (

@@ -226,7 +226,7 @@ def check_save_between_backward_and_step(rank: int, _world_size: int) -> None:
             nn.functional.mse_loss(model(batch(rank, step)[0]), batch(rank, step)[1]).backward()  # type: ignore[no-untyped-call]
             if save:
                 optimizer.consolidate_state_dict(to=0)
-                optimizer.state_dict()
+                optimizer.sharded_state_dict()
             optimizer.step()
         results.append([param.detach().clone() for param in model.parameters()])
     assert_same(*results)

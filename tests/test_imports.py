@@ -17,6 +17,7 @@ PACKAGE = Path(sharded_radam.__file__).parent
 
 ALLOWED = {
     "compat": set(),
+    "callers": set(),
     "plan": set(),
     "radam": set(),
     "meter": set(),
@@ -31,7 +32,7 @@ ALLOWED = {
     "gradients": {"memory", "flat", "schedule", "transport"},
     "overlap": {"flat", "transport"},
     "overview": {"flat", "gradients", "plan", "transport"},
-    "ranges": {"memory"},
+    "ranges": {"", "callers", "memory"},
     "memory": {"plan"},
     "flat": {"memory", "plan", "ranges"},
     "steps": set(),
@@ -69,6 +70,7 @@ ALLOWED = {
     "optimizer": {
         *(
             "",
+            "callers",
             "compat",
             "plan",
             "radam",

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_radam import ShardedRAdam
 from sharded_radam.compat import VERSION
 from sharded_radam.ranges import RangeTensor, range_boxes
-from tests.cases import assert_same, set_grads
+from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 
 SAVED_AT, END = 8, 13
@@ -358,3 +358,24 @@ def check_bare(_rank: int, _world_size: int, folder: str) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_optimizer_as_stateful(tmp_path: Path, world_size: int) -> None:
     run(check_bare, world_size, str(tmp_path / "x"))
+
+
+def check_one_writer(rank: int, world_size: int, folder: str) -> None:
+    """What one rank alone writes is half a checkpoint: an error before anything is written, on that rank."""
+    model, optimizer = make("sharded")
+    train(optimizer, model, 1, 2)
+    groups = [dist.new_group([each]) for each in range(world_size)]
+    ways: list[dict[str, Any]] = [{"no_dist": True}, {"process_group": groups[rank]}]
+    for number, options in enumerate(ways):
+        path = Path(folder, f"{rank}-{number}")
+        if world_size == 1:
+            quietly(dcp_save, state_of(model, optimizer), checkpoint_id=path, **options)
+            continue
+        with pytest.raises(BaseException, match="is saving on one rank alone"):  # CheckpointException is no Exception
+            quietly(dcp_save, state_of(model, optimizer), checkpoint_id=path, **options)
+        assert not path.exists() or not list(path.iterdir())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_one_rank_does_not_write_its_part_alone(tmp_path: Path, world_size: int) -> None:
+    run(check_one_writer, world_size, str(tmp_path))

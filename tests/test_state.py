@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.state import plain_name
-from tests.cases import assert_same, make_params, missing_at, set_grads
+from tests.cases import assert_same, make_params, missing_at, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_flat import Allocations
 
@@ -50,9 +52,8 @@ def save(rank: int, world_size: int, folder: str, dtype: str, flags: dict[str, A
     consolidated = optimizer.consolidate_state_dict(to=to)
     assert (consolidated is None) == (rank != to)
     if rank == to:
-        # The two calls of ZeroRedundancyOptimizer: the second returns the same dict, once.
-        assert optimizer.state_dict() is consolidated
-        assert optimizer.state_dict() is not consolidated
+        for _ in range(2):  # as the second call of ZeroRedundancyOptimizer
+            assert_equal_dicts(optimizer.state_dict(), consolidated)
         torch.save({"optim": consolidated, "params": [p.detach().clone() for p in params]}, f"{folder}/{world_size}.pt")
     train(optimizer, params, SAVED_AT + 1, END)
     if rank == 0:
@@ -155,8 +156,8 @@ def check_local(rank: int, world_size: int) -> None:
     optimizer, params = make(foreach=True)
     train(optimizer, params, 1, 7)
     if rank == 0:  # not collective: one rank alone may call it
-        optimizer.state_dict()
-    local = optimizer.state_dict()
+        optimizer.sharded_state_dict()
+    local = optimizer.sharded_state_dict()
     kinds = {type(state["exp_avg"]) for state in local["state"].values()}
     assert kinds == {RangeTensor if world_size > 1 else Tensor}
     shapes = [state["exp_avg"].shape for state in local["state"].values()]
@@ -219,6 +220,109 @@ def check_memory(rank: int, world_size: int) -> None:
     assert created.total <= result + (bucket_bytes if rank == 0 else 0) + 4096
     train(optimizer, params, 1, 1)
     assert optimizer._consolidated is None
+
+
+def check_forgotten(rank: int, world_size: int, folder: str) -> None:
+    """The error of a save without consolidation comes before a file is opened; a dict stays until the next step."""
+    optimizer, params = make(foreach=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    file = Path(folder, f"{world_size}.{rank}.pt")
+    torch.save("what was there", file)
+    before = file.read_bytes()
+    calls: list[int] = []
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append(1))
+
+    def check_refused() -> None:
+        with pytest.raises(RuntimeError, match=r"only this rank's part .* Expected one of: consolidate_state_dict"):
+            torch.save({"optimizer": optimizer.state_dict()}, file)
+        assert file.read_bytes() == before
+        assert not calls
+
+    train(optimizer, params, 1, 3)
+    check_refused()
+    to = world_size - 1
+    whole = copy.deepcopy(optimizer.consolidate_state_dict(to=to))
+    scheduler.step()
+    if rank != to:
+        check_refused()
+    else:
+        assert whole is not None
+        for _ in range(3):
+            saved = optimizer.state_dict()
+            assert_equal_dicts(saved["state"], whole["state"])
+            assert [group["lr"] for group in saved["param_groups"]] == [0.0005, 0.005]
+            saved["state"][0].clear()  # a copy; the tensors are the same ones
+        calls.clear()
+    lets_go: list[Callable[[], object]] = [
+        lambda: train(optimizer, params, 4, 4),
+        lambda: optimizer.load_state_dict(optimizer.sharded_state_dict()),
+        lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(3))]}),
+    ]
+    for action in lets_go:
+        optimizer.consolidate_state_dict(to=to)
+        action()
+        calls.clear()
+        check_refused()
+    for harmless in (copy.deepcopy, repr, lambda it: it.stats()):
+        harmless(optimizer)
+
+
+@pytest.mark.parametrize("world_size", [size for size in (2, 3, 4) if size in WORLD_SIZES])
+def test_a_forgotten_consolidation_costs_no_file(tmp_path: Path, world_size: int) -> None:
+    run(check_forgotten, world_size, str(tmp_path))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As those of other libraries: forwards."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+
+class Application:
+    """A Stateful that has the optimizer and more."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": Wrapper(self.optimizer).state_dict(), "epoch": 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+def check_asked_by_torch(rank: int, world_size: int, folder: str) -> None:
+    """Whatever lies in between, torch.distributed.checkpoint gets parts, also where a consolidated dict is there."""
+    wanted: list[Tensor] = []
+    for resume in (False, True):
+        optimizer, params = make(foreach=True)
+        content: dict[str, Any] = {"a": optimizer, "b": Wrapper(optimizer), "c": Application(optimizer)}
+        if not resume:
+            train(optimizer, params, 1, 3)
+            wanted = [value.clone() for state in optimizer.state.values() for value in state.values()]
+            optimizer.consolidate_state_dict(to=0)
+            quietly(dcp_save, {**content, "d": optimizer.sharded_state_dict()}, checkpoint_id=folder)
+            continue
+        for key in content:
+            optimizer.load_state_dict(torch.optim.RAdam([{"params": params[:3]}, {"params": params[3:]}]).state_dict())
+            quietly(dcp_load, {key: content[key]}, checkpoint_id=folder)
+            assert all(map(torch.equal, wanted, (v for state in optimizer.state.values() for v in state.values())))
+        by_hand = {"d": optimizer.sharded_state_dict()}
+        quietly(dcp_load, by_hand, checkpoint_id=folder)
+        optimizer.load_state_dict(by_hand["d"])
+        assert all(map(torch.equal, wanted, (v for state in optimizer.state.values() for v in state.values())))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_torch_gets_parts_through_whatever_lies_between(tmp_path: Path, world_size: int) -> None:
+    run(check_asked_by_torch, world_size, str(tmp_path / "x"))
 
 
 class Sum(Allocations):  # type: ignore[no-untyped-call]

@@ -74,7 +74,7 @@ def check_counts(rank: int, world_size: int) -> None:
         else:
             assert counts == ({"irecv": messages * (world_size - 1)} if world_size > 1 else {})
         with counted() as counts:
-            optimizer.state_dict()
+            optimizer.sharded_state_dict()
             optimizer.zero_grad()
         assert not counts
 

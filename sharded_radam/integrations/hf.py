@@ -55,7 +55,8 @@ def consolidate_on_save(accelerator: Any, *optimizers: Any) -> Any:
 
     def consolidate(models: Any, weights: Any, output_dir: str) -> None:
         for optimizer in unwrapped:
-            optimizer.consolidate_state_dict(to=0)
+            if optimizer.consolidate_state_dict(to=0) is None:
+                optimizer._answer_with_part()  # Accelerate asks all ranks, and writes on the first
 
     return accelerator.register_save_state_pre_hook(consolidate)
 
