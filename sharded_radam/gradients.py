@@ -104,8 +104,8 @@ class ShardedGradients:
         return sum(total.nbytes for total in self.sums)
 
     def slot_bytes(self) -> int:
-        """Of the buckets that are filled or under way."""
-        return self._reduce.num_slots * self._reduce.slot_bytes(self._sizes())
+        """Of the buckets that are filled or under way; not collective, so 0 before the first backward of a copy."""
+        return self._reducer.num_slots * self._reducer.slot_bytes(self._sizes()) if self._reducer else 0
 
     @property
     def _reduce(self) -> Reducer:

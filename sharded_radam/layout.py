@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,9 +15,13 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sharded_radam.flat import DTYPES
+from sharded_radam.meeting import Meeting
 from sharded_radam.memory import dim_order, flatten, unflatten
-from sharded_radam.plan import ParamSpec, ShardPlan, first_difference, make_plan
+from sharded_radam.plan import ParamSpec, ShardPlan
 from sharded_radam.transport import Transport
+
+FLAGS = ("foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay")
+"""Of a param group, that must be equal on all ranks."""
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 """Devices that torch has a fused Adam kernel for."""
@@ -63,37 +71,105 @@ def _takes_part(name: str, param: Tensor, group: dict[str, Any], fused: bool) ->
     return True
 
 
-def agree(
-    specs: Sequence[ParamSpec], problem: ValueError | None, transport: Transport, bucket_cap_mb: float
-) -> ShardPlan:
-    """Collective: make the plan and compare it with that of the other ranks.
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a rank is about to build, as far as it gets alone.
+
+    Attributes:
+        groups, first_group: param groups that are new, and the number of the first.
+        params: those of their parameters that take part.
+        plan: their layout.
+        options: arguments that must be equal on all ranks, by their names; JSON values.
+        buffers: of the model, that are to be broadcast.
+    """
+
+    groups: Sequence[dict[str, Any]]
+    first_group: int
+    params: list[Tensor]
+    plan: ShardPlan
+    options: dict[str, Any]
+    buffers: tuple[tuple[str, Tensor], ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What must be equal on all ranks of each group, parameter and buffer: its name, and all else in words."""
+        groups = [
+            (f"param group {index}", f"with {', '.join(f'{flag}={group.get(flag)}' for flag in FLAGS)}")
+            for index, group in enumerate(self.groups, self.first_group)
+        ]
+        params = [
+            (
+                f"parameter '{spec.name}'",
+                f"{_in_words(spec.shape, spec.dim_order, spec.dtype, spec.device_type)} in group {spec.group}",
+            )
+            for spec in self.plan.params
+        ]
+        buffers = [
+            (f"buffer '{name}'", _in_words(buffer.shape, dim_order(buffer), buffer.dtype, buffer.device.type))
+            for name, buffer in self.buffers
+        ]
+        return groups + params + buffers
+
+
+def _in_words(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: str) -> str:
+    return f"of shape {tuple(shape)}, {dtype}, dimensions nested as {tuple(order)}, on {device}"
+
+
+def agree(meeting: Meeting, what: str, make: Callable[[], Draft]) -> Draft:
+    """Collective: make a draft, which may fail, and compare it with that of the other ranks.
 
     Args:
-        specs: of this rank's parameters.
-        problem: what this rank's parameters failed with, if they did.
-        transport: of the ranks.
-        bucket_cap_mb: size of a bucket.
+        meeting: of the ranks.
+        what: is built, for errors.
+        make: returns the draft, or raises.
 
     Raises:
-        ValueError: on every rank, if one has a problem, or another layout than rank 0.
+        Exception: on every rank, in the same words: what ``make`` raised on one of them.
+        ValueError: on every rank: drafts differ.
     """
-    plan = make_plan(specs, transport.world_size, bucket_cap_mb)
-    heard = transport.all_gather_objects(None if problem else plan.digest())
-    if problem is not None:
-        raise problem
-    if None in heard:
-        bad = [rank for rank, digest in enumerate(heard) if digest is None]
-        raise ValueError(f"ranks {bad} could not lay out their parameters; their own errors say why")
-    different = [rank for rank, digest in enumerate(heard) if digest != heard[0]]
-    if different:
-        everybody = transport.all_gather_objects(plan.params)
-        name = first_difference(everybody[0], everybody[different[0]])
-        where = f"first at parameter '{name}'" if name is not None else "in bucket_cap_mb"
-        raise ValueError(
-            f"layout differs on ranks {different}, {where}: all ranks must pass the same parameters, in the same "
-            "order, groups, dtypes and memory format, and the same bucket_cap_mb"
-        )
-    return plan
+    draft, problem, offer = None, None, None
+    try:
+        draft = make()
+        rows = draft.rows()
+        offer = {**draft.options, "layout": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        problem = error
+    different = meeting.agree(what, offer, problem, _compare)
+    assert draft is not None
+    if different is not None:
+        meeting.agree(f"{what}, comparing layouts", rows if meeting.rank in (0, different) else None, None, _differ)
+    return draft
+
+
+def _compare(offers: list[dict[str, Any]]) -> int | None:
+    """The first rank whose layout is not rank 0's, if there is one."""
+    for name, value in offers[0].items():
+        for rank, offer in enumerate(offers):
+            if offer.get(name) != value:
+                if name == "layout":
+                    return rank
+                raise ValueError(
+                    f"{name} differs between ranks: rank 0 has {value!r}, rank {rank} has {offer.get(name)!r}; all "
+                    "ranks must pass the same"
+                )
+    return None
+
+
+def _differ(offers: list[list[list[str]] | None]) -> None:
+    """Raise ValueError with the first difference of the two layouts."""
+    ours = offers[0] or []
+    rank = next(rank for rank, rows in enumerate(offers) if rank and rows is not None)
+    theirs = offers[rank] or []
+    one, other = next((one, other) for one, other in zip_longest(ours, theirs) if one != other)
+    name = (one or other)[0]
+    raise ValueError(
+        f"layout differs between ranks 0 and {rank}, first at {name}: rank 0 has {_row(one)}, rank {rank} has "
+        f"{_row(other)}; all ranks must pass the same parameters, in the same order, groups, dtypes and memory format, "
+        "and a model with the same buffers"
+    )
+
+
+def _row(row: Sequence[str] | None) -> str:
+    return "nothing" if row is None else " ".join(row)
 
 
 def broadcast_(tensors: Sequence[Tensor], transport: Transport) -> None:

@@ -23,7 +23,6 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.steps = 0
         self.collectives: Counter[str] = Counter()
         self.received_bytes: Counter[str] = Counter()
         self.times_phases = device.type == "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,14 +30,15 @@ from sharded_radam.compat import check_graph_capture
 from sharded_radam.flat import Flat
 from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
-from sharded_radam.layout import agree, broadcast_, describe
+from sharded_radam.layout import Draft, agree, broadcast_, describe
+from sharded_radam.meeting import Meeting
 from sharded_radam.memory import check_device, check_memory, flat_gradient
 from sharded_radam.overlap import Arrivals
 from sharded_radam.overview import Stats, ownership, stats
-from sharded_radam.plan import ParamSpec, ShardPlan, make_plan
+from sharded_radam.plan import ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.steps import Cohort, count_step, set_counts
-from sharded_radam.transport import Alone, Handle, Transport, make_transport
+from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
 
 logger = logging.getLogger("sharded_radam")
 
@@ -130,13 +131,6 @@ class ShardedRAdam(RAdam, Joinable):
         share_parameters: bool = False,
         module: nn.Module | None = None,
     ) -> None:
-        if not bucket_cap_mb > 0:
-            raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB above 0")
-        if (check_gradients or module is not None) and not shard_gradients:
-            raise ValueError("check_gradients=True and module= are for shard_gradients=True")
-        if share_parameters and not parameters_as_bucket_view:
-            raise ValueError("share_parameters=True excludes parameters_as_bucket_view=False")
-        _check_engine(bool(fused), bool(foreach), differentiable, shard_gradients or share_parameters)
         Joinable.__init__(self)
         as_views = parameters_as_bucket_view and not differentiable
         self._options = Options(fused, bucket_cap_mb, as_views, shard_gradients, check_gradients)
@@ -146,28 +140,55 @@ class ShardedRAdam(RAdam, Joinable):
         self._arrivals: Arrivals | None = None
         self._consolidated: dict[Tensor, Any] | None = None
         self._joined = False
+        self._steps = 0
         self._transport: Transport | None = None
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
-        self._transport = self._connect(process_group, transport, share_parameters)
-        self._adopt(self.param_groups)
+        meeting, choice = Meeting.of(process_group), Choice("none", "", None, torch.device("cpu"))
+
+        def make() -> Draft:
+            nonlocal choice
+            if not 0 < bucket_cap_mb < math.inf:
+                raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB, above 0 and finite")
+            if (check_gradients or module is not None) and not shard_gradients:
+                raise ValueError("check_gradients=True and module= are for shard_gradients=True")
+            if share_parameters and not parameters_as_bucket_view:
+                raise ValueError("share_parameters=True excludes parameters_as_bucket_view=False")
+            _check_engine(bool(fused), bool(foreach), differentiable, shard_gradients or share_parameters)
+            super(ShardedRAdam, self).__init__(
+                params,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                decoupled_weight_decay=decoupled_weight_decay,
+                foreach=foreach,
+                maximize=maximize,
+                capturable=capturable,
+                differentiable=differentiable,
+            )
+            options = {
+                "bucket_cap_mb": float(bucket_cap_mb),
+                "fused": fused and bool(fused),
+                "parameters_as_bucket_view": bool(parameters_as_bucket_view),
+                "transport": transport,
+                "shard_gradients": bool(shard_gradients),
+                "check_gradients": bool(check_gradients),
+                "share_parameters": bool(share_parameters),
+                "module": None if module is None else "a model",
+            }
+            draft = self._draft(0, meeting.world_size, options, () if module is None else module.named_buffers())
+            choice = choose(process_group, self._device(), transport, share_parameters)
+            return draft
+
+        draft = agree(meeting, "building ShardedRAdam", make)
+        self._transport = self._connect(choice)
+        self._adopt(draft)
         if module is not None:
             self.broadcast_buffers(module)
         if self._transport.rank == 0:
             logger.info("%s", self.stats())
 
-    def _connect(self, group: dist.ProcessGroup | None, name: str | None, share_parameters: bool) -> Transport:
-        return make_transport(group, self._device(), name, share_parameters)
+    def _connect(self, choice: Choice) -> Transport:
+        return choice.connect()
 
     def _device(self) -> torch.device:
         return next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
@@ -178,41 +199,54 @@ class ShardedRAdam(RAdam, Joinable):
         Raises:
             ValueError: as at construction; the optimizer is unchanged then.
         """
-        super().add_param_group(param_group)
+        if self._transport is None:  # the constructor of the base class is adding the first groups
+            super().add_param_group(param_group)
+            return
+        before = len(self.param_groups)
+
+        def make() -> Draft:
+            super(ShardedRAdam, self).add_param_group(param_group)
+            return self._draft(before, self._network.world_size)
+
+        try:
+            self._adopt(agree(self._network.meeting, f"add_param_group() after {self._steps} steps", make))
+        except BaseException:
+            del self.param_groups[before:]
+            raise
         self._consolidated = None
-        if self._transport is not None:  # otherwise the constructor of the base class is adding the first groups
-            try:
-                self._adopt(self.param_groups[-1:])
-            except BaseException:
-                self.param_groups.pop()
-                raise
 
     @torch.no_grad()
-    def _adopt(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Lay out the parameters of the last groups and make their state; all checks come before any change."""
-        problem: ValueError | None = None
-        params: list[Tensor] = []
-        specs: list[ParamSpec] = []
-        try:
-            first = len(self.param_groups) - len(groups)
-            params, specs = describe(groups, first, bool(self._options.fused))
-            everything = [pair for flat in self._flats for pair in zip(flat.params, flat.specs, strict=True)]
-            everything += zip(params, specs, strict=True)
-            check_memory(everything, self._options.as_views)
-            if self._network.world_size > 1:
-                check_device([param for param, _ in everything])
-            if self.shards_gradients:
-                check_not_wrapped(params)
-        except ValueError as error:
-            problem = error
-        plan = agree(specs, problem, self._network, self._options.bucket_cap_mb)
+    def _draft(
+        self,
+        first_group: int,
+        world_size: int,
+        options: dict[str, Any] | None = None,
+        buffers: Iterable[tuple[str, Tensor]] = (),
+    ) -> Draft:
+        """Lay out the parameters of the last groups; all that can be wrong with them is raised here."""
+        groups = self.param_groups[first_group:]
+        params, specs = describe(groups, first_group, bool(self._options.fused))
+        everything = [pair for flat in self._flats for pair in zip(flat.params, flat.specs, strict=True)]
+        everything += zip(params, specs, strict=True)
+        check_memory(everything, self._options.as_views)
+        if world_size > 1:
+            check_device([param for param, _ in everything])
+        if self.shards_gradients:
+            check_not_wrapped(params)
+        plan = make_plan(specs, world_size, self._options.bucket_cap_mb)
+        return Draft(groups, first_group, params, plan, options or {}, tuple(buffers))
+
+    @torch.no_grad()
+    def _adopt(self, draft: Draft) -> None:
+        """Collective: make the state of parameters that all ranks have agreed on."""
+        plan = draft.plan
         self._wait_for_parameters()
         if self._gradients is not None:
             self._gradients.finish()
         if self._broadcasts:
-            broadcast_(params, self._network)
+            broadcast_(draft.params, self._network)
         buffers = [self._network.buffer(flat.numel, plan.params[flat.slots[0].param].dtype) for flat in plan.flats]
-        self._build(plan, params, buffers)
+        self._build(plan, draft.params, buffers)
         if self._gradients is not None:
             self._gradients.make_reducer()
 
@@ -245,7 +279,7 @@ class ShardedRAdam(RAdam, Joinable):
         Not collective. Waits for the device if its phases are timed.
         """
         engines = [self._engine(flat) for flat in self._flats]
-        return stats(self._flats, engines, self._gradients, self._network)
+        return stats(self._flats, engines, self._gradients, self._network, self._steps)
 
     def time_phases(self, enabled: bool = True) -> None:
         """Whether ``stats()`` has the time of each phase. On CPU it has; elsewhere that takes two events a phase."""
@@ -313,7 +347,7 @@ class ShardedRAdam(RAdam, Joinable):
                 self._update_and_gather(cohorts)
         if self._gradients is not None:
             self._gradients.stepped()
-        self._network.meter.steps += 1
+        self._steps += 1
         return loss
 
     def _prepare(self) -> list[list[Cohort]]:
@@ -742,7 +776,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._wait_for_parameters()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new._restore(deepcopy(self._content(), memo), self._network)
+        new._restore(deepcopy(self._content(), memo), self._network.copy())
         return new
 
     @torch.no_grad()
@@ -752,6 +786,7 @@ class ShardedRAdam(RAdam, Joinable):
         super().__setstate__(content)  # type: ignore[no-untyped-call]
         self._consolidated = None
         self._joined = False
+        self._steps = 0
         self._transport = transport
         self._flats = []
         self._gradients = None

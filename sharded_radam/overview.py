@@ -13,7 +13,7 @@ from sharded_radam.transport import Transport
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Figures of one rank since its optimizer was built. ``dataclasses.asdict`` makes them JSON.
+    """Figures of one rank since its optimizer was built, or copied. ``dataclasses.asdict`` makes them JSON.
 
     Attributes:
         rank, world_size: of the process group.
@@ -63,15 +63,20 @@ class Stats:
 
 
 def stats(
-    flats: Sequence[Flat], engines: Sequence[str], gradients: ShardedGradients | None, transport: Transport
+    flats: Sequence[Flat],
+    engines: Sequence[str],
+    gradients: ShardedGradients | None,
+    transport: Transport,
+    steps: int,
 ) -> Stats:
-    """The figures of now.
+    """The figures of now; not collective.
 
     Args:
         flats: of the optimizer.
         engines: of each flat.
         gradients: of the own shards, if they are sharded.
         transport: of the ranks.
+        steps: that were taken.
     """
     params = [param for flat in flats for param in flat.params]
     numel = sum(param.numel() for param in params)
@@ -81,7 +86,7 @@ def stats(
         world_size=transport.world_size,
         transport=transport.name,
         engine="+".join(sorted(set(engines))),
-        steps=meter.steps,
+        steps=steps,
         num_params=len(params),
         numel=numel,
         num_buckets=sum(flat.plan.num_buckets for flat in flats),

@@ -17,7 +17,6 @@ element alike, and the results of the fused engine do not depend on the world si
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -136,10 +135,6 @@ class ShardPlan:
     params: tuple[ParamSpec, ...]
     flats: tuple[FlatPlan, ...]
 
-    def digest(self) -> bytes:
-        """32 bytes that are equal on two ranks if their layouts are."""
-        return hashlib.sha256(repr(self).encode()).digest()
-
 
 def _round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
@@ -169,13 +164,3 @@ def make_plan(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float
         members.setdefault((param.group, param.dtype, param.device_type), []).append(index)
     bucket_bytes = bucket_cap_mb * 2**20
     return ShardPlan(tuple(params), tuple(_plan_flat(params, m, world_size, bucket_bytes) for m in members.values()))
-
-
-def first_difference(ours: Sequence[ParamSpec], theirs: Sequence[ParamSpec]) -> str | None:
-    """The name of the first parameter that two layouts do not have in common, None if there is none."""
-    for one, other in zip(ours, theirs, strict=False):
-        if one != other:
-            return one.name
-    longer = ours if len(ours) > len(theirs) else theirs
-    common = min(len(ours), len(theirs))
-    return longer[common].name if len(longer) > common else None

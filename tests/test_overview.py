@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -114,6 +115,37 @@ def check_shared(_rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_shared_parameters_are_not_received(world_size: int) -> None:
     run(check_shared, world_size)
+
+
+def check_copy(rank: int, world_size: int) -> None:
+    """A copy has its own figures, and says what it is without the other ranks."""
+    for options in ({"transport": "gloo"}, {}, {"shard_gradients": True}):
+        params = make_params()
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, **options)
+        set_grads(params, 1)
+        optimizer.step()
+        before = optimizer.stats()
+        copied = copy.deepcopy(optimizer)
+        if rank == 0:  # the others are not there
+            stats = copied.stats()
+            assert (stats.steps, stats.collectives, stats.received_bytes, stats.bucket_bytes) == (0, {}, {}, 0)
+            assert (stats.state_bytes, stats.transport) == (before.state_bytes, before.transport)
+            assert str(world_size) in copied.describe()
+        for param in (param for group in copied.param_groups for param in group["params"]):
+            param.grad = torch.ones_like(param)
+        copied.step()
+        copied.zero_grad()
+        assert copied.stats().steps == 1
+        gathers = copied.stats().collectives.get("all_gather")
+        assert gathers == before.collectives.get("all_gather")
+        after = optimizer.stats()
+        assert (after.steps, after.collectives, after.received_bytes) == (1, before.collectives, before.received_bytes)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_copy_has_its_own_figures(world_size: int) -> None:
+    run(check_copy, world_size)
 
 
 def spec(name: str, numel: int, group: int = 0) -> ParamSpec:

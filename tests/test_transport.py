@@ -47,10 +47,7 @@ def check_counts(rank: int, world_size: int) -> None:
         params = make_params()
         with counted() as at_construction:
             optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
-        # The digests of the layout, and before them their lengths.
-        two = {ALL_GATHER: 2} if transport == "native" else {"isend": 2 * (world_size - 1)}
-        del at_construction["irecv"], at_construction["bytes sent"]
-        assert at_construction == (two if world_size > 1 else {})
+        assert not at_construction  # ranks meet in the store
         (flat,) = optimizer._flats
         assert flat.plan.num_buckets > 3
         for missing in ((), missing_at(3), range(len(params))):
@@ -145,17 +142,12 @@ def check_layouts(rank: int, world_size: int) -> None:
 
     first = {"shape": "b", "count": "c", "order": "a", "memory format": "a", "dtype": "c"}
     for case, name in first.items():
-        with pytest.raises(ValueError, match=rf"layout differs on ranks \[{last}\], first at parameter '{name}'"):
+        with pytest.raises(
+            ValueError, match=rf"layout differs between ranks 0 and {last}, first at parameter '{name}'"
+        ):
             ShardedRAdam(params_of(case))
-    with pytest.raises(ValueError, match=rf"layout differs on ranks \[{last}\], in bucket_cap_mb"):
-        ShardedRAdam([Parameter(torch.zeros(5000))], bucket_cap_mb=25.0 if rank == last else 1e-4)
-    shared = Parameter(torch.zeros(4))
-    bad = [shared, Parameter(shared.detach())] if rank == last else [shared]
-    wanted = "share memory" if rank == last else rf"ranks \[{last}\] could not lay out their parameters"
-    with pytest.raises(ValueError, match=wanted):
-        ShardedRAdam(bad)
     optimizer = ShardedRAdam(params_of(""))
-    with pytest.raises(ValueError, match=rf"layout differs on ranks \[{last}\], first at parameter 'd'"):
+    with pytest.raises(ValueError, match=rf"layout differs between ranks 0 and {last}, first at parameter 'd'"):
         optimizer.add_param_group({"params": [("d", Parameter(torch.zeros(3 + (rank == last))))]})
     assert len(optimizer.param_groups) == 1
     optimizer.step()

@@ -20,7 +20,7 @@ from sharded_radam.optimizer import ShardedRAdam
 from sharded_radam.overview import Stats
 from sharded_radam.plan import ParamSpec, make_plan
 from sharded_radam.planning.estimate import estimate_ours, layout
-from sharded_radam.transport import NativeTransport, Transport
+from sharded_radam.transport import Choice, NativeTransport, Transport
 
 LARGEST_WORLD_SIZE = 4096
 
@@ -42,9 +42,9 @@ class FakeTransport(NativeTransport):
 class FakeOptimizer(ShardedRAdam):
     """ShardedRAdam with that transport."""
 
-    def _connect(self, group: dist.ProcessGroup | None, name: str | None, share_parameters: bool) -> Transport:
-        assert dist.group.WORLD is not None
-        return FakeTransport(dist.group.WORLD, self._device())
+    def _connect(self, choice: Choice) -> Transport:
+        assert choice.group is not None
+        return FakeTransport(choice.group, choice.device)
 
 
 @dataclass(frozen=True, slots=True)

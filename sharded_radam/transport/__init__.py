@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from sharded_radam.meeting import Meeting, own_group, timeout_of
 from sharded_radam.transport.base import Alone, Handle, Transport
 from sharded_radam.transport.gloo import GlooReducer, GlooTransport
 from sharded_radam.transport.native import NativeReducer, NativeTransport
@@ -17,7 +18,17 @@ from sharded_radam.transport.reducers import AloneReducer, Reducer
 from sharded_radam.transport.shared_memory import SharedMemoryReducer, SharedMemoryTransport
 from sharded_radam.transport.signals import connect
 
-__all__ = ["REDUCERS", "Alone", "Handle", "NativeTransport", "Reducer", "Transport", "make_transport"]
+__all__ = [
+    "REDUCERS",
+    "Alone",
+    "Choice",
+    "Handle",
+    "NativeTransport",
+    "Reducer",
+    "Transport",
+    "choose",
+    "make_transport",
+]
 
 logger = logging.getLogger("sharded_radam")
 
@@ -32,10 +43,58 @@ REDUCERS: dict[str, type[Reducer]] = {
 """By the name of their transport."""
 
 
-def make_transport(
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A transport that this rank would take; ranks whose arguments are equal choose the same one.
+
+    Attributes:
+        name: of the transport.
+        reason: why it is this one.
+        group, device: what it connects; no group if there is none.
+        required: whether shared memory was asked for, so that there is no other way if the ranks have none.
+        share_parameters: one copy of the parameters for all ranks of the host.
+    """
+
+    name: str
+    reason: str
+    group: dist.ProcessGroup | None
+    device: torch.device
+    required: bool = False
+    share_parameters: bool = False
+
+    def connect(self) -> Transport:
+        """Collective: make it.
+
+        Raises:
+            ValueError: on every rank, if shared memory was asked for, and there is none.
+        """
+        transport, reason = self._connect()
+        transport.reason = reason
+        return transport
+
+    def _connect(self) -> tuple[Transport, str]:
+        if self.name == "none" or self.group is None:
+            return Alone(self.device, self.group), self.reason
+        if self.name == "native":
+            return NativeTransport(self.group, self.device), self.reason
+        gloo = GlooTransport(self.group, self.device)
+        if self.name == "gloo":
+            return gloo, self.reason
+        signals = connect(gloo.rank, gloo.world_size, gloo.all_gather_objects, timeout_of(self.group))
+        if not isinstance(signals, str):
+            return SharedMemoryTransport(self.group, self.device, signals, self.share_parameters), self.reason
+        if self.required:
+            raise ValueError(f"no shared memory between the ranks: {signals}. It needs all ranks on one Linux host")
+        reason = f"there is no shared memory between the ranks: {signals}"
+        if gloo.rank == 0:
+            logger.info("ShardedRAdam: transport gloo, since %s", reason)
+        return gloo, reason
+
+
+def choose(
     group: dist.ProcessGroup | None, device: torch.device, name: str | None, share_parameters: bool = False
-) -> Transport:
-    """Collective: the transport for a process group (None: the default one, or one rank without one) and a device.
+) -> Choice:
+    """The transport for a process group (None: the default one, or one rank without one) and a device; not collective.
 
     Args:
         group: a process group that this process is a member of.
@@ -46,53 +105,43 @@ def make_transport(
 
     Raises:
         ValueError: unknown name, a group without this process, or without a backend for the device; or shared memory
-            was asked for, and there is none.
+            was asked for, and there cannot be any.
     """
-    transport, reason = _choose(group, device, name, share_parameters)
-    transport.reason = reason
-    return transport
-
-
-def _choose(
-    group: dist.ProcessGroup | None, device: torch.device, name: str | None, share_parameters: bool
-) -> tuple[Transport, str]:
     if name is not None and name not in NAMES:
         raise ValueError(f"transport={name!r}: expected None or one of {list(NAMES)}")
     if not dist.is_available() or not dist.is_initialized():
         _warn_if_launched()
-        return Alone(device), "torch.distributed is not initialised"
-    group = _own(group)
+        return Choice("none", "torch.distributed is not initialised", None, device)
+    group = own_group(group)
     if dist.get_world_size(group) == 1:
-        return Alone(device, group), "there is one rank"
+        return Choice("none", "there is one rank", group, device)
     backend = _backend(group, device)
     _check_choice(name, share_parameters, device, backend)
     asked_for = f"transport={name!r} was asked for"
     if name == "native" or not _sends_messages(device, backend):
-        return NativeTransport(group, device), asked_for if name else f"{device.type} tensors, a {backend} backend"
-    gloo = GlooTransport(group, device)
+        return Choice("native", asked_for if name else f"{device.type} tensors, a {backend} backend", group, device)
     if name == "gloo":
-        return gloo, asked_for
-    signals = connect(gloo.rank, gloo.world_size, gloo.all_gather_objects, _timeout(gloo.group))
-    if not isinstance(signals, str):
-        return SharedMemoryTransport(group, device, signals, share_parameters), "all ranks are on CPUs of one host"
-    if name or share_parameters:
-        raise ValueError(f"no shared memory between the ranks: {signals}. It needs all ranks on one Linux host")
-    reason = f"there is no shared memory between the ranks: {signals}"
-    if gloo.rank == 0:
-        logger.info("ShardedRAdam: transport gloo, since %s", reason)
-    return gloo, reason
+        return Choice("gloo", asked_for, group, device)
+    required = name is not None or share_parameters
+    return Choice("shared_memory", "all ranks are on CPUs of one host", group, device, required, share_parameters)
 
 
-def _own(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group given, or the default one."""
-    group = dist.group.WORLD if group is None else group
-    assert group is not None
-    if dist.get_rank(group) < 0:
-        raise ValueError(
-            f"process_group does not contain this process (global rank {dist.get_rank()}): build the optimizer only "
-            "on the ranks of its group, and give it the group that they are in"
-        )
-    return group
+def make_transport(
+    group: dist.ProcessGroup | None, device: torch.device, name: str | None, share_parameters: bool = False
+) -> Transport:
+    """Collective: ``choose(...).connect()``, after all ranks have chosen.
+
+    Raises:
+        ValueError: on every rank, what ``choose`` raised on one of them.
+    """
+    problem, choice = None, None
+    try:
+        choice = choose(group, device, name, share_parameters)
+    except ValueError as error:
+        problem = error
+    Meeting.of(group).agree("connecting the ranks", None, problem)
+    assert choice is not None
+    return choice.connect()
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -118,12 +167,6 @@ def _check_choice(name: str | None, share_parameters: bool, device: torch.device
         )
     if share_parameters and not (messages and name in (None, "shared_memory")):
         raise ValueError("share_parameters=True needs transport='shared_memory': all ranks on CPUs of one host, Gloo")
-
-
-def _timeout(group: dist.ProcessGroup) -> float:
-    """Seconds that a Gloo group waits for a rank."""
-    timeout: dt.timedelta = group._get_backend(torch.device("cpu")).options._timeout
-    return timeout.total_seconds()
 
 
 def _warn_if_launched() -> None:

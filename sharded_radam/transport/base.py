@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_radam.meeting import Meeting
 from sharded_radam.meter import Meter
 from sharded_radam.transport.reducers import HALF_DTYPES, AloneReducer, Reducer
 
@@ -48,6 +50,14 @@ class Transport(ABC):
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.meter = Meter(device)
+        self.meeting = Meeting.of(group)
+
+    def copy(self) -> Transport:
+        """The same connections, with figures of its own."""
+        new = copy(self)
+        new.meter = Meter(self.device)
+        new.meter.times_phases = self.meter.times_phases
+        return new
 
     def count(self, kind: str, bucket: Tensor) -> None:
         """Note a collective on a bucket, of which each rank sends, and receives, all shards but one."""
@@ -156,6 +166,7 @@ class Alone(Transport):
         self.rank = 0
         self.world_size = 1
         self.meter = Meter(device)
+        self.meeting = Meeting(None, 0, 1, 0.0)
 
     def count(self, kind: str, bucket: Tensor) -> None:
         pass
