@@ -10,6 +10,10 @@
 A *round* is every launch of the schedule once, in its order: one for each backward pass that is not in ``no_sync``. It
 ends when all gradients have come; or, where some do not come, when the next backward pass produces the first of those
 that did, or at the step. So between two steps, all ranks must run the same number of backward passes.
+
+``param.grad`` says whether there is a gradient, as everywhere in torch. While backward runs it is the local gradient;
+when its other hooks have run too, which is when the next gradient comes or the pass ends, this takes it, and a
+:class:`GradShard` is left in its place.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_radam.flat import Flat
-from sharded_radam.memory import as_real, flat_gradient, zeros
+from sharded_radam.grad_shard import GradShard
+from sharded_radam.memory import as_real, zeros
 from sharded_radam.schedule import Launch, Progress, Slots, make_schedule
 from sharded_radam.transport import Reducer, Transport
 
@@ -63,33 +68,52 @@ class ShardedGradients:
     def __init__(self, flats: Sequence[Flat], transport: Transport, check: bool) -> None:
         self.flats: list[Flat] = []
         self.sums: list[Tensor] = []
+        self.is_unscaled = False
+        self._shards: list[list[GradShard]] = []
         self._transport = transport
         self._check = check
         self._syncing = True
         self._reducer: Reducer | None = None
         self._epoch = 0
+        self._arriving: Slots | None = None
+        self._task = self._settling_task = -1  # the backward passes of the last arrival, of the last callback
         self._has_grad: set[Slots] = set()
-        self._filled: set[tuple[int, int]] = set()
+        # Parameters in whose ``.grad`` the shard was left: if it is gone, somebody dropped that gradient.
+        self._placed: set[Slots] = set()
+        # Slots whose elements in a bucket's sums are not zero, and those of them that are still meant.
+        self._filled: dict[tuple[int, int], set[int]] = defaultdict(set)
+        self._valid: dict[tuple[int, int], set[int]] = defaultdict(set)
         self._not_finite: list[str] = []
-        self._expected: set[Slots] = set()
         self._last_arrivals: list[Slots] = []
         self._had_round = False
         self._is_behind = False
         self._is_reduced = False
-        self.is_unscaled = False
         self.extend(flats)
+        self._is_behind = False
         _alive.add(self)
 
     def extend(self, flats: Sequence[Flat]) -> None:
-        """Take in more flats; what was accumulated before must have been used."""
+        """Take in more flats; what was accumulated before must have been reduced."""
+        this = weakref.ref(self)
         for flat in flats:
-            self.flats.append(flat)
             dtype = flat.state["exp_avg"].dtype.to_real()
-            self.sums.append(zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device))
+            total = zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device)
+            local = torch.view_as_complex(total.view(-1, 2)) if flat.buffer.is_complex() else total
+            self.flats.append(flat)
+            self.sums.append(total)
+            pieces: list[list[tuple[int, Tensor]]] = [[] for _ in flat.params]
+            for at in (own.piece for pieces_ in flat.pieces for own in pieces_):
+                pieces[at.slot].append((at.start, local.narrow(0, at.local_start, at.numel)))
+            self._shards.append(
+                [GradShard(p, spec, own, this) for p, spec, own in zip(flat.params, flat.specs, pieces, strict=True)]
+            )
         self._reducer = None
+        self._expected: set[Slots] = set()
         backwards = [(i, slot) for i, flat in enumerate(self.flats) for slot in range(len(flat.params))][::-1]
         self._reschedule(backwards)
-        self._listen()
+        self._listen(take_over=True)
+        self._is_reduced = False
+        self._is_behind = True  # the new parameters may have gradients already
 
     def make_reducer(self) -> Reducer:
         """Collective: the reducer for the buckets of all flats."""
@@ -117,13 +141,18 @@ class ShardedGradients:
 
     # Backward
 
-    def _listen(self) -> None:
-        """Hooks for all parameters that require gradients now; the newest optimizer of a parameter has its hook."""
+    def _listen(self, take_over: bool) -> None:
+        """Hooks for all parameters that require gradients now; one optimizer has the hook of a parameter.
+
+        Args:
+            take_over: take those of others too.
+        """
         this = weakref.ref(self)
         for index, flat in enumerate(self.flats):
             for slot, param in enumerate(flat.params):
                 hook = _hooks.get(param)
-                if param.requires_grad and (hook is None or hook.owner() is not self):
+                owner = None if hook is None else hook.owner()
+                if param.requires_grad and owner is not self and (owner is None or take_over):
                     if hook is not None:
                         hook.handle.remove()
                     handle = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -133,20 +162,75 @@ class ShardedGradients:
 
     @torch.no_grad()
     def arrive(self, key: Slots) -> None:
-        """Note that backward has accumulated a gradient; reduce what is complete."""
-        self._is_reduced = False
+        """Note that backward has accumulated a gradient; reduce what the ones before have made complete."""
+        self.settle()
+        if self._task != torch._C._current_graph_task_id():
+            self._task = torch._C._current_graph_task_id()
+            self._notice_dropped()
+        self._is_reduced = self.is_unscaled = False
         if not self._syncing:
             self._is_behind = True
             return
-        if not self._progress.expects(key):
-            return  # rare: its ``.grad`` waits for the step
         if key in self._progress.arrived:
             self._end_round()  # another backward has begun
+        self._arriving = key
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the gradient that came last: all hooks of its parameter have run."""
+        key, self._arriving = self._arriving, None
+        if key is None:
+            return
+        self._take(key)
+        if not self._progress.expects(key):
+            return  # rare: it waits for the step
         self._progress.arrive(key)
         while self._progress.is_ready:
             self._launch_next()
         if self._progress.is_over:
             self._begin_round()
+
+    def settle_after_backward(self) -> None:
+        """Have the backward pass that runs now settle its last gradient in its end."""
+        task = torch._C._current_graph_task_id()
+        if task != self._settling_task:
+            self._settling_task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.settle)  # type: ignore[attr-defined]
+
+    def _take(self, key: Slots) -> None:
+        """Move the local gradient out of ``.grad``, where its shard stays."""
+        shard, grad = self._shard(key), self._param(key).grad
+        local = grad.fresh if isinstance(grad, GradShard) else grad
+        if grad is None:  # dropped by a hook
+            shard.sending = shard.fresh = None
+        if local is not None:
+            shard.take(self._checked(local, key))
+            shard.fresh = None
+            self._place(key)
+
+    def _place(self, key: Slots) -> None:
+        self._param(key).grad = self._shard(key)
+        self._placed.add(key)
+
+    def _notice_dropped(self) -> None:
+        """Forget gradients that somebody dropped since; where all that this rank knows of are, those of others too."""
+        lost = [key for key in self._placed if not isinstance(self._param(key).grad, GradShard)]
+        if lost and len(lost) == len(self._placed):
+            self._valid.clear()
+        for key in lost:
+            self._shard(key).sending = self._shard(key).fresh = None
+            for bucket in self._buckets_of(key):
+                self._valid[bucket].discard(key[1])
+        self._placed.difference_update(lost)
+
+    def _checked(self, grad: Tensor, key: Slots) -> Tensor:
+        name = self._shard(key).spec.name
+        if grad.is_sparse:
+            raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{name}')")
+        if self._check and name not in self._not_finite and not grad.isfinite().all():
+            logger.error("gradient of '%s' on rank %d is not finite", name, self._transport.rank)
+            self._not_finite.append(name)
+        return grad
 
     def _end_round(self) -> None:
         while not self._progress.is_over:
@@ -164,45 +248,46 @@ class ShardedGradients:
         launch, done = self._progress.take()
         self._send(launch)
         for slot in done:
-            self.flats[launch.flat].params[slot].grad = None
+            self._shards[launch.flat][slot].sending = None
 
     def _send(self, launch: Launch) -> None:
         """Pack the gradients of a launch, and begin to reduce them."""
-        flat, plan = self.flats[launch.flat], self.flats[launch.flat].plan
+        flat, plan, where = self.flats[launch.flat], self.flats[launch.flat].plan, (launch.flat, launch.bucket)
+        for slot in launch.slots:
+            if (launch.flat, slot) not in self._progress.arrived:
+                self._take((launch.flat, slot))
         first, stop = plan.bucket_range(launch.bucket)
         with self._transport.meter.phase("reduce_scatter"):
+            accumulates = self._keep(where)
             bucket = self._reduce.open(flat.reals * (stop - first), flat.buffer.dtype.to_real())
             targets, sources, empty = [], [], []
-            for part in self._parts[launch.flat, launch.bucket]:
+            for part in self._parts[where]:
                 target = bucket.narrow(0, part.offset, part.numel)
-                if part.slot in launch.slots and flat.params[part.slot].grad is not None:
+                sending = self._shards[launch.flat][part.slot].sending
+                if part.slot in launch.slots and sending is not None and flat.params[part.slot].grad is not None:
                     targets.append(target)
-                    sources.append(self._gradient((launch.flat, part.slot)).narrow(0, part.start, part.numel))
+                    sources.append(sending.narrow(0, part.start, part.numel))
                 else:
                     empty.append(target)
             self._reduce.fill(targets, sources)
             if empty:
                 torch._foreach_zero_(empty)
-            where = (launch.flat, launch.bucket)
             local_start, local_stop = (flat.reals * at for at in plan.local_range(launch.bucket))
             out = self.sums[launch.flat].narrow(0, local_start, local_stop - local_start)
             self._transport.count("reduce_scatter", bucket)
-            self._reduce.close(out, where in self._filled, (31 * self._epoch + launch.bucket) % 256)
-            self._filled.add(where)
+            self._reduce.close(out, accumulates, (31 * self._epoch + launch.bucket) % 256)
+        self._valid[where] |= launch.slots
+        self._filled[where] = set(self._valid[where])
 
-    def _gradient(self, key: Slots) -> Tensor:
-        """A parameter's local gradient as 1-D real numbers; checked when it is looked at first."""
-        flat, slot = self.flats[key[0]], key[1]
-        param, spec = flat.params[slot], flat.specs[slot]
-        assert param.grad is not None
-        if param.grad.is_sparse:
-            raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{spec.name}')")
-        grad = flat_gradient(param, spec)
-        if self._check and spec.name not in self._not_finite and not grad.isfinite().all():
-            logger.error("gradient of '%s' on rank %d is not finite", spec.name, self._transport.rank)
-            self._not_finite.append(spec.name)
-        self._has_grad.add(key)
-        return grad
+    def _keep(self, where: tuple[int, int]) -> bool:
+        """Whether gradients in the sums of a bucket are to be added to; of those that were dropped, make zeros."""
+        flat, dropped = self.flats[where[0]], self._filled[where] - self._valid[where]
+        if self._valid[where] and dropped:
+            self._reduce.finish()  # nothing may still be on its way to there
+            for at in (own.piece for own in flat.pieces[where[1]]):
+                if at.slot in dropped:
+                    self.sums[where[0]].narrow(0, flat.reals * at.local_start, flat.reals * at.numel).zero_()
+        return bool(self._valid[where])
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -223,38 +308,73 @@ class ShardedGradients:
             For each flat, which of its parameters have a gradient on some rank.
 
         Raises:
-            RuntimeError: on every rank, with ``check``, if one had a gradient that is not finite.
+            RuntimeError: on every rank, with ``check``, if one had a gradient that is not finite; or if the gradients
+                are in another optimizer's shards.
         """
+        self.settle()
+        self._check_owner()
+        self._notice_dropped()
         if not self._is_reduced:
             if self._progress.arrived or self._is_behind or not self._had_round:
                 self._end_round()
             self._send_tail()
             self._is_reduced = True
             self._follow_arrivals()
-            self._listen()
+            self._listen(take_over=False)
         with self._transport.meter.phase("reduce_scatter"):
             self._reduce.finish()
         if self._check:
             self._raise_not_finite()
-        return [[(i, slot) in self._has_grad for slot in range(len(flat.params))] for i, flat in enumerate(self.flats)]
+        self._follow_assigned()
+        return [[self._is_present((i, slot)) for slot in range(len(flat.params))] for i, flat in enumerate(self.flats)]
+
+    def end_rounds(self) -> None:
+        """Send what was begun, and wait for it. Collective only after a backward pass that did not end."""
+        self.settle()
+        if self._progress.arrived:
+            self._end_round()  # other ranks may have come further, and wait for this one
+        if self._reducer is not None:
+            self._reducer.finish()
+
+    def _check_owner(self) -> None:
+        for key in self._keys():
+            grad, hook = self._param(key).grad, _hooks.get(self._param(key))
+            if grad is not None and hook is not None and hook.owner() not in (self, None):
+                raise RuntimeError(
+                    f"the gradient of '{self._shard(key).spec.name}' is sharded by another optimizer: the one that was "
+                    "built last, or whose zero_grad() was called last. Expected: zero_grad() of the optimizer that is "
+                    "to step, before the backward pass; or, for several steps with one gradient, "
+                    "DistributedDataParallel in the place of shard_gradients=True"
+                )
 
     def _send_tail(self) -> None:
         keys = list(self._keys())
-        rare = [key for key in keys if self._param(key).grad is not None]
-        late = [key for key in rare if self._progress.expects(key)]
-        if late:
-            raise RuntimeError(
-                f"parameter '{self.flats[late[0][0]].specs[late[0][1]].name}' has a .grad that was assigned after "
-                "backward, but its gradient has been reduced already: with shard_gradients=True, assign all of them "
-                "instead of a backward pass, or use no_sync()"
-            )
-        flags = self._transport.union([key in self._has_grad or key in rare for key in keys])
+        flags = self._transport.union([self._param(key).grad is not None for key in keys])
         self._has_grad = {key for key, flag in zip(keys, flags, strict=True) if flag}
         for launch in self._schedule.tail:
             if any((launch.flat, slot) in self._has_grad for slot in launch.slots):
                 self._send(launch)
-        for key in rare:
-            self._param(key).grad = None
+        for launch in self._schedule.tail:
+            for slot in launch.slots:
+                self._shards[launch.flat][slot].sending = None
+        for key in self._has_grad:
+            if self._param(key).grad is None:  # only other ranks have one
+                self._place(key)
+
+    def _follow_assigned(self) -> None:
+        """Take what was assigned to ``.grad`` after backward, as it is: as under DDP, all ranks assign the same."""
+        for key in self._keys():
+            param, shard = self._param(key), self._shard(key)
+            if param.grad is not None and param.grad is not shard:
+                shard.assign(self._checked(param.grad, key))
+                self._place(key)
+                self._has_grad.add(key)
+                for bucket in self._buckets_of(key):
+                    self._valid[bucket].add(key[1])
+                    self._filled[bucket].add(key[1])
+
+    def _is_present(self, key: Slots) -> bool:
+        return key in self._has_grad and self._param(key).grad is not None
 
     def _follow_arrivals(self) -> None:
         """After the first backward, and whenever other parameters have gradients: launch in the order of rank 0's."""
@@ -297,19 +417,16 @@ class ShardedGradients:
         self._is_reduced = False
         self.is_unscaled = False
 
-    def reset(self, set_to_none: bool) -> None:
-        """Drop all gradients; or set them to zero. Collective only after a backward pass that did not end."""
-        if self._progress.arrived:
-            self._end_round()  # other ranks may have come further, and wait for this one
-        if self._reducer is not None:
-            self._reducer.finish()
-        if set_to_none:
-            self._filled.clear()
-            self._has_grad.clear()
-        else:
-            for total in self.sums:
-                total.zero_()
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Prepare for new gradients, when ``.grad`` is about to be dropped or zeroed."""
+        self.end_rounds()
+        for shard in (shard for shards in self._shards for shard in shards):
+            shard.sending = shard.fresh = None
+        self._placed.clear()
+        self._valid.clear()
         self._not_finite.clear()
+        self._listen(take_over=True)
         self.stepped()
 
     # What users read from .grad otherwise
@@ -322,17 +439,19 @@ class ShardedGradients:
     def _param(self, key: Slots) -> Tensor:
         return self.flats[key[0]].params[key[1]]
 
+    def _shard(self, key: Slots) -> GradShard:
+        return self._shards[key[0]][key[1]]
+
+    def _buckets_of(self, key: Slots) -> Iterator[tuple[int, int]]:
+        plan = self.flats[key[0]].plan
+        slot = plan.slots[key[1]]
+        for bucket in range(slot.start // plan.bucket_numel, -(-(slot.start + slot.numel) // plan.bucket_numel)):
+            yield key[0], bucket
+
     def own(self, complex_views: bool = False) -> list[Tensor]:
         """1-D views of all pieces of the own shards whose parameter has a gradient."""
-        found = []
-        for index, flat in enumerate(self.flats):
-            is_complex = flat.buffer.is_complex()
-            total = torch.view_as_complex(self.sums[index].view(-1, 2)) if is_complex else self.sums[index]
-            for at in (own.piece for pieces in flat.pieces for own in pieces):
-                if (index, at.slot) in self._has_grad:
-                    view = total.narrow(0, at.local_start, at.numel)
-                    found.append(view if complex_views else as_real(view))
-        return found
+        pieces = [piece for key in self._keys() if self._is_present(key) for _, piece in self._shard(key).pieces]
+        return pieces if complex_views else [as_real(piece) for piece in pieces]
 
     @torch.no_grad()
     def norm(self, norm_type: float) -> Tensor:
@@ -358,6 +477,11 @@ class ShardedGradients:
         for views in by_dtype.values():
             torch._amp_foreach_non_finite_check_and_unscale_(views, found_inf, inv_scale)
         self._transport.all_reduce(found_inf, dist.ReduceOp.MAX)
+
+    def unscale_once_(self, inv_scale: Tensor, found_inf: Tensor) -> None:
+        """The same for torch's GradScaler, which asks for each dtype in turn."""
+        if not self.is_unscaled:
+            self.unscale_(inv_scale, found_inf)
 
     @torch.no_grad()
     def skips(self, found_inf: Tensor, scale: Tensor | None) -> bool:
@@ -393,6 +517,7 @@ def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Te
     found = gradients()
     if found is not None:
         found.arrive(key)
+        found.settle_after_backward()
 
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:

@@ -512,10 +512,9 @@ class ShardedRAdam(RAdam, Joinable):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``, the shards' gradients included."""
-        super().zero_grad(set_to_none)
         if self._gradients is not None:
-            with torch.no_grad():
-                self._gradients.reset(set_to_none)
+            self._gradients.reset()
+        super().zero_grad(set_to_none)
 
     # Overlap with the next forward
 
