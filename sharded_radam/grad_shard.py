@@ -34,11 +34,11 @@ class Owner(Protocol):
 class GradShard(torch.Tensor):
     """Stands in ``param.grad`` for a gradient of which this rank has some ranges.
 
-    It is there from the end of a backward pass until somebody drops it, so it is the truth about whether there is a
-    gradient: ``param.grad = None`` and ``model.zero_grad()`` drop it, and backward adds to one that was kept, as with any
-    other gradient. What changes elements one by one, in place, works (``mul_``, ``clamp_``, ``masked_fill_``, so also
-    ``torch.nn.utils.clip_grad_value_``); as with DistributedDataParallel, all ranks must do it. Whatever needs all
-    elements raises RuntimeError and names the method of the optimizer that has the answer.
+    It is there from the end of a backward pass until somebody drops it, as any gradient is: ``param.grad = None`` and
+    ``model.zero_grad()`` drop it, and backward adds to one that was kept. What changes elements one by one, in place,
+    works (``mul_``, ``clamp_``, ``masked_fill_``, so also ``torch.nn.utils.clip_grad_value_``); as with
+    DistributedDataParallel, all ranks must do it. Whatever needs all elements raises RuntimeError and names the method
+    of the optimizer that has the answer.
 
     Args:
         param: of the gradient.
@@ -78,9 +78,9 @@ class GradShard(torch.Tensor):
         numel = sum(piece.numel() for _, piece in self.pieces)
         return (
             f"{what} of the gradient of '{self.spec.name}': it is sharded, and this rank has {numel} of its "
-            f"{self.numel()} elements. Expected: optimizer.clip_grad_norm_(), grad_norm() or clip_grads_with_norm_() in "
-            "the place of torch.nn.utils' functions, optimizer.full_grad(param) to read it, optimizer.map_grads_(fn) to "
-            "change the elements of each rank"
+            f"{self.numel()} elements. Expected: optimizer.clip_grad_norm_(), grad_norm() or clip_grads_with_norm_() "
+            "in the place of torch.nn.utils' functions, optimizer.full_grad(param) to read it, "
+            "optimizer.map_grads_(fn) to change the elements of each rank"
         )
 
     def assign(self, grad: Tensor) -> None:
@@ -89,7 +89,7 @@ class GradShard(torch.Tensor):
         for start, piece in self.pieces:
             piece.copy_(flat.narrow(0, start, piece.numel()))
 
-    def take(self, grad: Tensor) -> None:
+    def send(self, grad: Tensor) -> None:
         """Note a local gradient that is to be reduced, beside what is already."""
         flat = as_real(flatten(grad.detach().resolve_conj().resolve_neg(), self.spec.dim_order))
         self.sending = flat if self.sending is None else self.sending + flat
@@ -121,34 +121,42 @@ class GradShard(torch.Tensor):
     @torch.no_grad()
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         packet, options = func.overloadpacket, kwargs or {}
-        if packet is aten._amp_foreach_non_finite_check_and_unscale_:  # torch.amp.GradScaler
-            for owner in {shard.owner() for shard in args[0] if isinstance(shard, GradShard)} - {None}:
-                owner.unscale_once_(args[2], args[1])
-            return None
         each = getattr(aten, packet.__name__.removeprefix("_foreach_"), None)
-        if packet.__name__.startswith("_foreach_") and each is not None and func._schema.is_mutable:
+        if packet is aten._amp_foreach_non_finite_check_and_unscale_:  # torch.amp.GradScaler
+            _unscale_(*args)
+        elif packet.__name__.startswith("_foreach_") and each is not None and func._schema.is_mutable:
             for index, tensor in enumerate(args[0]):
                 each(tensor, *(arg[index] if isinstance(arg, (list, tuple)) else arg for arg in args[1:]), **options)
-            return None
-        first = args[0]
-        if not isinstance(first, GradShard):
-            shard = next(arg for arg in _leaves(args) if isinstance(arg, GradShard))
+        elif isinstance(args[0], GradShard):
+            return args[0]._dispatch(func, args[1:], options)
+        else:
+            shard = next(leaf for leaf in _leaves(args) if isinstance(leaf, GradShard))
             raise RuntimeError(shard._refusal(str(packet)))
+        return None
+
+    def _dispatch(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> GradShard:
+        packet = func.overloadpacket
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and packet in (aten.add_, aten.add) and len(args) == 2:
-            return first._add(args[1], packet is aten.add_)
-        is_elementwise = packet in _FILLING or torch.Tag.pointwise in func.tags
-        others = [arg for arg in _leaves(args[1:]) if isinstance(arg, GradShard)]
-        if in_backward or others or not (func._schema.is_mutable and is_elementwise):
-            raise RuntimeError(first._refusal(f"{packet}{' in a backward pass' if in_backward else ''}"))
-        owner = first.owner()
+        if in_backward and packet in (aten.add_, aten.add) and len(args) == 1:
+            return self._add(args[0], packet is aten.add_)
+        is_elementwise = func._schema.is_mutable and (packet in _FILLING or torch.Tag.pointwise in func.tags)
+        if in_backward or not is_elementwise or any(isinstance(leaf, GradShard) for leaf in _leaves(args)):
+            raise RuntimeError(self._refusal(f"{packet}{' in a backward pass' if in_backward else ''}"))
+        owner = self.owner()
         if packet is aten.zero_:
             if owner is not None:
                 owner.end_rounds()
-            first.sending = first.fresh = None
+            self.sending = self.fresh = None
         elif owner is not None:
             owner.finish()
-        return first._change(func, args[1:], options)
+        return self._change(func, args, options)
+
+
+def _unscale_(grads: Sequence[Any], found_inf: Tensor, inv_scale: Tensor) -> None:
+    owners = {grad.owner() for grad in grads if isinstance(grad, GradShard)}
+    for owner in owners:
+        if owner is not None:
+            owner.unscale_once_(inv_scale, found_inf)
 
 
 def _leaves(args: Any) -> list[Any]:

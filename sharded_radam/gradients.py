@@ -37,7 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_radam.flat import Flat
 from sharded_radam.grad_shard import GradShard
-from sharded_radam.memory import as_real, zeros
+from sharded_radam.memory import as_real, unflatten, zeros
 from sharded_radam.schedule import Launch, Progress, Slots, make_schedule
 from sharded_radam.transport import Reducer, Transport
 
@@ -195,7 +195,7 @@ class ShardedGradients:
         task = torch._C._current_graph_task_id()
         if task != self._settling_task:
             self._settling_task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
 
     def _take(self, key: Slots) -> None:
         """Move the local gradient out of ``.grad``, where its shard stays."""
@@ -204,7 +204,7 @@ class ShardedGradients:
         if grad is None:  # dropped by a hook
             shard.sending = shard.fresh = None
         if local is not None:
-            shard.take(self._checked(local, key))
+            shard.send(self._checked(local, key))
             shard.fresh = None
             self._place(key)
 
@@ -453,6 +453,43 @@ class ShardedGradients:
         pieces = [piece for key in self._keys() if self._is_present(key) for _, piece in self._shard(key).pieces]
         return pieces if complex_views else [as_real(piece) for piece in pieces]
 
+    def pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
+        """Parameter, elements in memory order, and 1-D view of the gradient, of all own pieces that have one."""
+        for key in self._keys():
+            if self._is_present(key):
+                for start, piece in self._shard(key).pieces:
+                    yield self._param(key), range(start, start + piece.numel()), piece
+
+    @torch.no_grad()
+    def whole(self, param: Tensor) -> Tensor | None:
+        """Collective: all elements of a gradient, shaped as its parameter and of its dtype; None if it has none."""
+        present = self.finish()
+        (index, slot), plan = self._key_of(param), self.flats[self._key_of(param)[0]].plan
+        if not present[index][slot]:
+            return None
+        flat, at = self.flats[index], plan.slots[slot]
+        found = self.sums[index].new_empty(flat.reals * at.numel)
+        for _, bucket in self._buckets_of((index, slot)):
+            first, stop = plan.bucket_range(bucket)
+            table = found.new_empty(flat.reals * (stop - first))
+            start, end = (flat.reals * edge for edge in plan.local_range(bucket))
+            table.chunk(self._transport.world_size)[self._transport.rank].copy_(self.sums[index][start:end])
+            for handle in self._transport.all_gather(table):
+                handle.wait()
+            low, high = max(first, at.start), min(stop, at.start + at.numel)
+            found[flat.reals * (low - at.start) : flat.reals * (high - at.start)] = table[
+                flat.reals * (low - first) : flat.reals * (high - first)
+            ]
+        elements = torch.view_as_complex(found.view(-1, 2)) if param.is_complex() else found
+        return unflatten(elements.to(param.dtype), param)
+
+    def _key_of(self, param: Tensor) -> Slots:
+        for index, flat in enumerate(self.flats):
+            for slot, each in enumerate(flat.params):
+                if each is param:
+                    return index, slot
+        raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of this optimizer's")
+
     @torch.no_grad()
     def norm(self, norm_type: float) -> Tensor:
         """Collective: the norm of all gradients as one vector, 0-d float64 (float32 where there is no float64)."""
@@ -482,25 +519,6 @@ class ShardedGradients:
         """The same for torch's GradScaler, which asks for each dtype in turn."""
         if not self.is_unscaled:
             self.unscale_(inv_scale, found_inf)
-
-    @torch.no_grad()
-    def skips(self, found_inf: Tensor, scale: Tensor | None) -> bool:
-        """What a GradScaler leaves to the step: whether to skip it, and to unscale if it is not None.
-
-        Raises:
-            RuntimeError: the GradScaler is torch's, and has seen no gradients.
-        """
-        if not self.is_unscaled:
-            raise RuntimeError(
-                "torch.amp.GradScaler does not see sharded gradients: use sharded_radam.GradScaler, with the same "
-                "arguments"
-            )
-        if found_inf.item():
-            self.stepped()
-            return True
-        if scale is not None and (grads := self.own()):
-            torch._foreach_mul_(grads, scale.double().reciprocal().float())
-        return False
 
 
 class _Hook(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import Draft, agree, broadcast_, describe
 from sharded_radam.meeting import Meeting
-from sharded_radam.memory import check_device, check_memory, flat_gradient
+from sharded_radam.memory import check_device, check_memory, dim_order, flat_gradient, flatten, unflatten
 from sharded_radam.overlap import Arrivals
 from sharded_radam.overview import Stats, ownership, stats
 from sharded_radam.plan import ShardPlan, make_plan
@@ -52,6 +52,15 @@ class Options:
     as_views: bool
     shard_gradients: bool
     check_gradients: bool
+
+
+def check_norm(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
+    """Raise RuntimeError, where that is asked for, if a norm of gradients is inf or nan."""
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped: pass "
+            "error_if_nonfinite=False to go on regardless"
+        )
 
 
 def _check_engine(fused: bool, foreach: bool, differentiable: bool, shares_more: bool) -> None:
@@ -334,8 +343,7 @@ class ShardedRAdam(RAdam, Joinable):
             Join.notify_join_context(self)
         if self._join_config.enable:
             share_gradients(self.param_groups, self._network, self._joined)
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # set by a GradScaler
-        if self._gradients is not None and found_inf is not None and self._gradients.skips(found_inf, scale):
+        if self._skipped_by_scaler():
             return loss
         with torch.no_grad():
             cohorts = self._prepare()
@@ -349,6 +357,24 @@ class ShardedRAdam(RAdam, Joinable):
             self._gradients.stepped()
         self._steps += 1
         return loss
+
+    @torch.no_grad()
+    def _skipped_by_scaler(self) -> bool:
+        """Whether a GradScaler, or whoever sets ``found_inf`` as for torch's fused optimizers, wants no step.
+
+        Gradients are unscaled here if ``grad_scale`` is set too.
+        """
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None or not (self.shards_gradients or self._options.fused):
+            return False
+        if found_inf.item():
+            if self._gradients is not None:
+                self._gradients.stepped()
+            return True
+        grads = self._own_grads() if scale is not None else []
+        if scale is not None and grads:
+            torch._foreach_mul_(grads, scale.double().reciprocal().float())
+        return False
 
     def _prepare(self) -> list[list[Cohort]]:
         """All that can fail, then count the steps of the parameters that have a gradient."""
@@ -497,15 +523,78 @@ class ShardedRAdam(RAdam, Joinable):
             RuntimeError: on all ranks, with ``error_if_nonfinite``, if the norm is inf or nan.
         """
         norm = self.grad_norm(norm_type)
-        if error_if_nonfinite and not math.isfinite(norm):
-            raise RuntimeError(
-                f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped: pass "
-                "error_if_nonfinite=False to go on regardless"
-            )
-        grads = self._gradients.own() if self._gradients is not None else self._local_grads()
-        if grads:
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
+        check_norm(norm, norm_type, error_if_nonfinite)
+        self.clip_grads_with_norm_(max_norm, norm)
         return norm
+
+    @torch.no_grad()
+    def clip_grads_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
+        """Scale all gradients so that their norm, which is ``total_norm`` now, is ``max_norm`` at most.
+
+        As ``torch.nn.utils.clip_grads_with_norm_``. Collective with ``shard_gradients``.
+        """
+        grads = self._own_grads()
+        if grads:
+            torch._foreach_mul_(grads, (max_norm / (total_norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
+
+    @torch.no_grad()
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Limit each element of the gradients to ``-clip_value`` to ``clip_value``, as ``torch.nn.utils`` does.
+
+        Collective with ``shard_gradients``.
+        """
+        grads = self._own_grads()
+        if grads:
+            torch._foreach_clamp_min_(grads, -clip_value)
+            torch._foreach_clamp_max_(grads, clip_value)
+
+    def _own_grads(self) -> list[Tensor]:
+        """Real tensors with all elements of gradients that this rank is to change."""
+        if self._gradients is None:
+            return self._local_grads()
+        self._gradients.finish()
+        return self._gradients.own()
+
+    def full_grad(self, param: Tensor) -> Tensor | None:
+        """The whole mean gradient of a parameter. Collective with ``shard_gradients``.
+
+        Returns:
+            Of the parameter's shape and dtype; ``param.grad`` itself without ``shard_gradients``. None if it has none.
+
+        Raises:
+            ValueError: it is not a parameter of this optimizer.
+        """
+        return param.grad if self._gradients is None else self._gradients.whole(param)
+
+    @torch.no_grad()
+    def map_grads_(self, fn: Callable[[Tensor, range, Tensor], Tensor | None]) -> None:
+        """Change gradients between backward and step: masks, noise, scales for each layer.
+
+        Collective with ``shard_gradients``, where each rank changes the elements that it has. Otherwise each rank
+        changes all, and all must do the same.
+
+        Args:
+            fn: called with each parameter, the range of its elements in memory order (row-major for a contiguous one),
+                and these elements of the gradient, 1-D; fp32 for half precision with ``shard_gradients``. It changes
+                them in place, or returns new ones.
+        """
+        for param, elements, grad in self._grad_pieces():
+            changed = fn(param, elements, grad)
+            if changed is not None:
+                grad.copy_(changed)
+
+    def _grad_pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
+        if self._gradients is not None:
+            self._gradients.finish()
+            yield from self._gradients.pieces()
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    flat = flatten(param.grad, dim_order(param))
+                    yield param, range(flat.numel()), flat
+                    if flat.data_ptr() != param.grad.data_ptr():
+                        param.grad.copy_(unflatten(flat, param))
 
     def _local_grads(self) -> list[Tensor]:
         return [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]

@@ -114,7 +114,8 @@ def fake_cuda_backward(steps: int, **flags: Any) -> ShardedRAdam:
                 for slot in reversed(range(len(params))):
                     params[slot].grad = torch.zeros_like(params[slot])
                     gradients.arrive((0, slot))
-            assert step in (0, 3) or all(param.grad is None for param in params)
+            gradients.settle()
+            assert step in (0, 3) or all(shard.sending is None for shard in gradients._shards[0])
             assert optimizer.clip_grad_norm_(1.0).device.type == "cuda"
             optimizer.step()
     return optimizer

@@ -33,7 +33,8 @@ ALLOWED = {
         *(f"transport.{name}" for name in ("base", "gloo", "native", "reducers", "shared_memory", "signals")),
     },
     "schedule": {"plan"},
-    "gradients": {"memory", "flat", "schedule", "transport"},
+    "grad_shard": {"memory", "plan"},
+    "gradients": {"memory", "flat", "grad_shard", "schedule", "transport"},
     "overlap": {"flat", "transport"},
     "overview": {"flat", "gradients", "plan", "transport"},
     "ranges": {"", "callers", "memory"},
@@ -120,8 +121,9 @@ ALLOWED = {
     "cli": {"checkpoint.agreement", "commands", *(f"commands.{name}" for name in ("checkpoint", "doctor", "plan"))},
     "__main__": {"cli"},
     "amp": {"optimizer"},
+    "clipping": {"optimizer"},
     "version": set(),
-    "": {"amp", "compat", "optimizer", "checkpoint", "overview", "version"},
+    "": {"amp", "clipping", "compat", "optimizer", "checkpoint", "overview", "version"},
 }
 
 

@@ -11,13 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import GradScaler, ShardedRAdam
 from sharded_radam.flat import Flat
+from sharded_radam.grad_shard import GradShard
 from sharded_radam.schedule import Launch
 from sharded_radam.transport.gloo import GlooReducer
 from sharded_radam.transport.shared_memory import SharedMemoryReducer
@@ -106,12 +106,6 @@ def check_scaler(rank: int, world_size: int) -> None:
                 torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
             steps = ours.optimizer.state[ours.net.trunk.weight]["step"]
             assert steps == 9 - (bad is not None)
-    plain = torch.amp.GradScaler("cpu")
-    ours = Training(True, None, rank)
-    plain.scale(ours.model(images(rank, 0))).backward()
-    with pytest.raises(RuntimeError, match=r"torch\.amp\.GradScaler does not see .* use sharded_radam\.GradScaler"):
-        plain.step(ours.optimizer)
-    dist.barrier()  # others may be in that backward still, and what it sends is waited for by no step
     param = Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     scaler = GradScaler("cpu", init_scale=1.0)
@@ -144,7 +138,7 @@ def check_bytes(rank: int, world_size: int) -> None:
         assert reducer_bytes(gradients._reducer, rank) <= 4 * bucket
 
         def count(param: Tensor, held: Counter[str] = held, most: list[int] = most, model: nn.Module = model) -> None:
-            most[0] = max(most[0], sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+            most[0] = max(most[0], sum(map(held_bytes, model.parameters())))
 
         for step in range(3):
             optimizer.zero_grad()
@@ -153,10 +147,17 @@ def check_bytes(rank: int, world_size: int) -> None:
             model(torch.ones(2, 256)).mean().backward()
             for handle in handles:
                 handle.remove()
-            assert all(param.grad is None for param in model.parameters())
+            assert not any(map(held_bytes, model.parameters()))
             optimizer.step()
-            assert most[0] <= 2 * bucket + 4 * 256 * 256, (transport, step, most[0])
+            # The last two wait for their hooks.
+            assert most[0] <= 2 * bucket + 2 * 4 * 256 * 256, (transport, step, most[0])
             assert most[0] < 4 * numel / 4
+
+
+def held_bytes(param: Tensor) -> int:
+    """Memory of the local gradient."""
+    local = [param.grad.sending, param.grad.fresh] if isinstance(param.grad, GradShard) else [param.grad]
+    return sum(tensor.nbytes for tensor in local if tensor is not None)
 
 
 def reducer_bytes(reducer: Any, rank: int) -> int:
@@ -375,7 +376,7 @@ def check_new_optimizer(rank: int, world_size: int) -> None:
     net(torch.ones(2, 17)).sum().backward()
     extra.sum().backward()  # type: ignore[no-untyped-call]
     second.step()
-    assert extra.grad is None
+    assert isinstance(extra.grad, GradShard)
     assert not torch.equal(extra, torch.ones(5))
 
 
@@ -400,27 +401,6 @@ def check_compiled(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_compiled_modules(world_size: int) -> None:
     run(check_compiled, world_size)
-
-
-def check_assigned(rank: int, world_size: int) -> None:
-    net = nn.Linear(3, 3)
-    optimizer = ShardedRAdam(net.named_parameters(), shard_gradients=True)
-    net(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    net(torch.ones(2, 3)).sum().backward()
-    net.bias.grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match=r"'bias' has a \.grad that was assigned after backward"):
-        optimizer.step()
-    optimizer.zero_grad()
-    net(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    dist.barrier()
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_gradients_assigned_after_backward_are_not_lost(world_size: int) -> None:
-    run(check_assigned, world_size)
 
 
 def test_copies_have_gradients_of_their_own() -> None:
