@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import json
+import os
 import pathlib
 import pickle
 import zipfile
@@ -26,12 +27,13 @@ from sharded_radam.checkpoint.files import DataFiles, Extent
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.metadata import Box, SavedTensor, unpack
 from sharded_radam.checkpoint.packing import pack
+from sharded_radam.checkpoint.verification import verify
 
 pytestmark = pytest.mark.quick
 
-BOXES = (Box((0, 0), (2, 5), Extent("a", 0, 9, None)), Box((2, 0), (1, 5), Extent("b", 0, 9, None)))
+BOXES = (Box((0, 0), (2, 5), Extent("a", 0, 40, None)), Box((2, 0), (1, 5), Extent("b", 0, 20, None)))
 GOOD = pack(
-    {"w": SavedTensor(torch.float32, (3, 5), BOXES)}, {"v": Extent("a", 9, 5, None)}, {"w": ("w",), "v": ("v", 0)}
+    {"w": SavedTensor(torch.float32, (3, 5), BOXES)}, {"v": Extent("a", 40, 5, None)}, {"w": ("w",), "v": ("v", 0)}
 )
 
 
@@ -263,6 +265,50 @@ MANIFESTS: dict[str, Callable[[], Any]] = {
     "facts that are a list": lambda: {"info": [1]},
     "files that are a list": lambda: {"files": [1]},
 }
+
+
+@pytest.mark.parametrize("file", ["../x", "/etc/passwd", "", "..", "a/b", "a\0b", "x" * 256, "\ud800"])
+def test_files_elsewhere(file: str, tmp_path: Path) -> None:
+    """Neither the index nor the manifest names them."""
+    body = {"format": 1, "files": {file: [[3, 0]], ".metadata": [[len(GOOD), zlib.crc32(GOOD)]]}, "info": {}}
+    crc32 = zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    (tmp_path / "manifest.json").write_text(json.dumps({"body": body, "crc32": crc32}))
+    (tmp_path / ".metadata").write_bytes(GOOD)
+    with pytest.raises(DamagedError, match=r"it names the file .*, which is not in its directory"):
+        read_index(tmp_path)
+    with pytest.raises(DamagedError, match=r"it names the file .*, which is not in its directory"):
+        unpack(pack({}, {"v": Extent(file, 0, 1, None)}, {"v": ("v",)}))
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A pipe would keep waiting whoever opens it."""
+    for name in (".metadata", "manifest.json", "a"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / ".metadata").write_bytes(GOOD)
+        (folder / "b").write_bytes(bytes(100))
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=rf"{name} (is missing|is no file)|has no \.metadata"):
+            verify(read_index(folder))
+
+
+def test_boxes_that_would_grow() -> None:
+    """A tensor of terabytes in a few bytes, or a thousand times in the same bytes."""
+    wide = SavedTensor(torch.float32, (10**12,), (Box((0,), (10**12,), Extent("a", 0, 1000, None)),))
+    with pytest.raises(DamagedError, match=r"w: \(1000000000000,\) elements of torch.float32 in 1000 bytes"):
+        unpack(pack({"w": wide}, {}, {"w": ("w",)}))
+    rows = tuple(Box((at,), (1,), Extent("a", at, 1000, None)) for at in range(1000))
+    with pytest.raises(DamagedError, match="w: byte 1 of a is in two boxes"):
+        unpack(pack({"w": SavedTensor(torch.float32, (1000,), rows)}, {}, {"w": ("w",)}))
+
+
+def test_an_instance_of_many_attributes() -> None:
+    """Shared by many, each of which would go through all of them."""
+    fields = b"".join(text(f"x{number}") + b"N" for number in range(100))
+    many = named("torch.distributed.checkpoint.metadata", "Metadata") + b")\x81}(" + fields + b"ub"
+    with pytest.raises(DamagedError, match=r"a .*Metadata of 100 attributes"):
+        unpack(program(many))
 
 
 @pytest.mark.parametrize("what", MANIFESTS)

@@ -98,3 +98,18 @@ def test_a_sum_is_no_proof() -> None:
         check_coverage(twice)
     with pytest.raises(DamagedError, match="w: 7 of 8 elements"):
         check_coverage(saved((8,), ((0,), (7,))))
+
+
+def test_boxes_that_are_cut_at_too_many_places() -> None:
+    """Strips that are each cut at a place of their own: right, but to see that would take as long as one likes."""
+
+    def strips(number: int) -> list[Intervals]:
+        cuts = (
+            [[(at, at + 1), (0, at + 1)] for at in range(number)],
+            [[(at, at + 1), (at + 1, number + 1)] for at in range(number)],
+        )
+        return [[second, first] for one in cuts for first, second in one]
+
+    assert tiles(strips(100), [(0, 101), (0, 100)])
+    with pytest.raises(DamagedError, match="4000 boxes that are cut at too many places"):
+        tiles(strips(2000), [(0, 2001), (0, 2000)])

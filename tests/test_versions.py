@@ -117,8 +117,8 @@ def test_torch_reads_what_is_packed(tmp_path: Path) -> None:
     for number, dtype in enumerate(DTYPES):
         name = f"layer.{number}." + "x" * number * 60
         sizes = [(), (0,), (300,), (2**31, 70000), (1, 2, 3)][number % 5]
-        tensors[name] = SavedTensor(dtype, sizes, (Box((0,) * len(sizes), sizes, Extent("f", 2**33, 2**8, None)),))
-    rows = tuple(Box((at,), (1,), Extent(f"__{at}_0.distcp", at, 1, None)) for at in range(300))
+        tensors[name] = SavedTensor(dtype, sizes, (Box((0,) * len(sizes), sizes, Extent("f", 2**33, 2**59, None)),))
+    rows = tuple(Box((at,), (1,), Extent(f"__{at}_0.distcp", at, 4, None)) for at in range(300))
     tensors["many"] = SavedTensor(torch.float32, (300,), rows)
     objects = {"a value": Extent("f", 0, 2**31, None)}
     paths: dict[str, tuple[str | int, ...]] = {name: ("a", 2**20, name) for name in [*tensors, *objects]}

@@ -15,7 +15,7 @@ from typing import Any
 
 from sharded_radam.checkpoint.errors import DamagedError
 from sharded_radam.checkpoint.files import Extent
-from sharded_radam.checkpoint.metadata import Content, SavedTensor, unpack
+from sharded_radam.checkpoint.metadata import Content, SavedTensor, check_file, unpack
 from sharded_radam.checkpoint.packing import pack
 
 METADATA = ".metadata"
@@ -131,19 +131,24 @@ def _read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
+    if not path.is_file():
+        raise DamagedError(f"{path} is no file")
     try:
-        outer = json.loads(path.read_bytes())
+        outer = json.loads(path.read_bytes().decode())  # else the bytes choose a codec
         body = outer["body"]
         if zlib.crc32(_canonical(body)) != outer["crc32"] or outer.keys() != {"body", "crc32"}:
             raise ValueError("other content than its own checksum says")
         if body["format"] != _FORMAT:
-            raise ValueError(f"format {body['format']}, and this version of sharded_radam reads {_FORMAT}")
+            raise ValueError(f"format {body['format']!r:.50}, and this version of sharded_radam reads {_FORMAT}")
         files = {file: [(_count(n), _count(crc32)) for n, crc32 in chunks] for file, chunks in body["files"].items()}
+        for file in files:
+            check_file(file)
         if not isinstance(body["info"], dict):
             raise TypeError("what the saver knew is no dict")
         return Manifest(files, body["info"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = f"it has no {error}" if isinstance(error, LookupError) else str(error)
+        raise DamagedError(f"{path} cannot be read: {why:.300}") from error
 
 
 def _count(number: Any) -> int:

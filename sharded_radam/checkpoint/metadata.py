@@ -69,6 +69,8 @@ _NAMES = {
 _DTYPE = re.compile(r"torch\.(b?float|complex|q?u?int|bool|bits|half|double|short|long)\w*")
 _FILE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\ud800-\udfff]{1,255}")
 _MOST_DIMENSIONS = 64  # of a tensor in torch
+_MOST_FIELDS = 32
+_LARGEST = 2**60
 _DEEPEST = 100  # nesting of a state dict
 
 
@@ -82,8 +84,8 @@ def _size(numbers: Any) -> _Size:
     """What torch.Size is called with."""
     if type(numbers) is not tuple or len(numbers) > _MOST_DIMENSIONS:
         raise TypeError("a size that is no tuple")
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise TypeError("a size that is not made of integers")
+    if not all(type(number) is int and 0 <= number < _LARGEST for number in numbers):
+        raise TypeError("a size that is not made of integers below 2**60")
     return _Size(numbers)
 
 
@@ -149,9 +151,22 @@ def _content(found: Any) -> Content:
                 raise TypeError("boxes of another number of dimensions than their tensor")
             boxes.append(Box(offsets, sizes, stored.pop((key, offsets))))  # each is one tensor's
         tensors[key] = SavedTensor(_dtype(described["properties"]), shape, tuple(boxes))
+        _check_extents(key, tensors[key])
     nested = metadata.get("planner_data")
     paths = {_text_of(name): _path(path) for name, path in _pairs(nested)} if nested else None
     return Content(tensors, objects, paths)
+
+
+def _check_extents(key: str, tensor: SavedTensor) -> None:
+    """Raise DamagedError if boxes have more elements than bytes, or share bytes: they would grow when read."""
+    itemsize, before = tensor.dtype.itemsize, Extent("", 0, 0, None)
+    for box in tensor.boxes:
+        if math.prod(box.sizes) * itemsize > box.extent.length:
+            raise DamagedError(f"{key}: {tuple(box.sizes)} elements of {tensor.dtype} in {box.extent.length} bytes")
+    for extent in sorted(box.extent for box in tensor.boxes if math.prod(box.sizes)):
+        if extent.file == before.file and extent.start < before.start + before.length:
+            raise DamagedError(f"{key}: byte {extent.start} of {extent.file} is in two boxes")
+        before = extent
 
 
 def _checked(found: Any) -> _Size:
@@ -169,6 +184,8 @@ def _fields(found: Any, name: str) -> dict[str, Any]:
     if not _is(found, name) or type(found.state) is not Pairs:
         what = found.name if type(found) is Instance else type(found).__name__
         raise TypeError(f"a {what} in the place of a {name}")
+    if len(found.state) > _MOST_FIELDS:
+        raise TypeError(f"a {name} of {len(found.state)} attributes")
     for field, _ in found.state:
         if type(field) is not str:  # others may take forever to hash
             raise TypeError(f"a {type(field).__name__} in the place of an attribute")
@@ -199,10 +216,15 @@ def _path(path: Any) -> tuple[str | int, ...]:
     return path
 
 
-def _extent(fields: dict[str, Any]) -> Extent:
-    file = _text_of(fields["relative_path"])
+def check_file(file: str) -> None:
+    """Raise DamagedError for a name that is not one of a file in the directory of a checkpoint."""
     if not _FILE.fullmatch(file) or len(file.encode()) > 255:
         raise DamagedError(f"it names the file {file!r:.300}, which is not in its directory")
+
+
+def _extent(fields: dict[str, Any]) -> Extent:
+    file = _text_of(fields["relative_path"])
+    check_file(file)
     if fields.get("transform_descriptors"):
         raise ValueError(f"{file} is compressed or encrypted, which cannot be read here")
     start, length = _size((fields["offset"], fields["length"]))

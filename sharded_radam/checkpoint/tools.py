@@ -66,6 +66,7 @@ def consolidate(index: Index, output: Path, prefix: str | None = None, progress:
     """
     if output.exists():
         raise ValueError(f"{output} exists: choose another name, or remove it first")
+    index.check_files()
     check_coverage(index.tensors)
     with DataFiles(index.folder, progress) as files:
         saved = find_optimizer(index, files, prefix)
@@ -200,6 +201,8 @@ def _find_parts(content: Any, source: Path) -> tuple[dict[str, Any], dict[str, A
 def differences(one: Index, other: Index, progress: Progress = _silent) -> list[str]:
     """In what two checkpoints differ, a line each; nothing if they have the same names and bits."""
     lines = []
+    for index in (one, other):
+        index.check_files()
     with DataFiles(one.folder, progress) as ours, DataFiles(other.folder, progress) as theirs:
         for key in sorted({*one.tensors, *one.objects, *other.tensors, *other.objects}):
             sides = [side for side in (one, other) if key in side.tensors or key in side.objects]

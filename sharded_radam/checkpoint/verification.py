@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from sharded_radam.checkpoint.errors import DamagedError
 from sharded_radam.checkpoint.files import DataFiles, Extent, in_order
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.metadata import SavedTensor
 
+_LEAST_PARTS, _MOST_PARTS = 100_000, 100
 Intervals = list[tuple[int, int]]
 """First element and the one after the last, in each dimension of a box."""
 
@@ -34,7 +36,15 @@ def tiles(boxes: Sequence[Intervals], region: Intervals) -> bool:
 
     The region is cut at every edge of a box in the first dimension. Between two cuts, the boxes that are there must
     tile what is left of the region, in the dimensions that are left.
+
+    Raises:
+        DamagedError: the boxes are cut at so many places that this would take long, as no tensor's are.
     """
+    return _tiles(boxes, region, iter(range(_LEAST_PARTS + _MOST_PARTS * len(boxes))))
+
+
+def _tiles(boxes: Sequence[Intervals], region: Intervals, left: Iterator[int]) -> bool:
+    """The same; each part of a box that is looked at takes one of ``left``."""
     if len(boxes) == 1 or not region:
         return len(boxes) == 1 and list(boxes[0]) == list(region)
     (first, last), *others = region
@@ -47,7 +57,9 @@ def tiles(boxes: Sequence[Intervals], region: Intervals) -> bool:
     there: list[Intervals] = []
     for cut in cuts[:-1]:
         there = [box for box in there if box[0][1] > cut] + starting.get(cut, [])
-        if not tiles([box[1:] for box in there], others):
+        if there and next(itertools.islice(left, len(there) - 1, None), None) is None:
+            raise DamagedError(f"{len(boxes)} boxes that are cut at too many places")
+        if not _tiles([box[1:] for box in there], others, left):
             return False
     return True
 
