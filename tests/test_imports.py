@@ -62,7 +62,8 @@ ALLOWED = {
         f"checkpoint.{name}"
         for name in ("agreement", "contents", "directory", "errors", "files", "index", "metadata", "verification")
     },
-    "checkpoint.loading": {f"checkpoint.{name}" for name in ("agreement", "files", "index", "reading")},
+    "checkpoint.undo": {"checkpoint.agreement"},
+    "checkpoint.loading": {f"checkpoint.{name}" for name in ("agreement", "files", "index", "reading", "undo")},
     "checkpoint.saved_optimizer": {*(f"checkpoint.{name}" for name in ("files", "index", "reading")), "state"},
     "checkpoint.optimizer_part": {
         *(f"checkpoint.{name}" for name in ("files", "index", "reading", "saved_optimizer")),
@@ -70,7 +71,7 @@ ALLOWED = {
     },
     "checkpoint.single": {
         f"checkpoint.{name}"
-        for name in ("agreement", "files", "index", "loading", "optimizer_part", "reading", "saving")
+        for name in ("agreement", "files", "index", "loading", "optimizer_part", "reading", "saving", "undo")
     },
     "optimizer": {
         *(
@@ -96,12 +97,21 @@ ALLOWED = {
         *(f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")),
         "state",
     },
+    "checkpoint.other_optimizer": {
+        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading", "saved_optimizer")),
+        *("checkpoint.undo", "state"),
+    },
+    "checkpoint.training": {
+        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "model_part", "optimizer_part")),
+        *(f"checkpoint.{n}" for n in ("other_optimizer", "reading", "undo")),
+        "state",
+    },
     "checkpoint.manager": {
         *("checkpoint.agreement", "checkpoint.contents", "checkpoint.directory", "checkpoint.files"),
-        *("checkpoint.index", "checkpoint.loading", "checkpoint.model_part", "checkpoint.optimizer_part"),
-        *("checkpoint.reading", "checkpoint.saving"),
+        *("checkpoint.index", "checkpoint.loading", "checkpoint.reading", "checkpoint.saving"),
+        *("checkpoint.training", "checkpoint.undo"),
     },
-    "checkpoint": {f"checkpoint.{name}" for name in ("agreement", "manager", "optimizer_part", "saving")},
+    "checkpoint": {f"checkpoint.{name}" for name in ("agreement", "manager", "optimizer_part", "saving", "training")},
     "checkpoint.tools": {
         *("checkpoint.agreement", "checkpoint.directory", "checkpoint.files", "checkpoint.index"),
         *("checkpoint.reading", "checkpoint.saved_optimizer", "checkpoint.saving", "checkpoint.verification"),

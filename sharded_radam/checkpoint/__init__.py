@@ -3,6 +3,7 @@ size. ``ShardedRAdam.save`` and ``load`` do one optimizer, :class:`CheckpointMan
 
 ::
 
+    a whole training      training                        several models, optimizers and schedulers
     optimizer, model      optimizer_part, model_part      what is saved, under which names
     content of a rank     contents                        which elements this rank writes
     agreement             agreement                       all ranks succeed, or all fail with the same words
@@ -10,8 +11,9 @@ size. ``ShardedRAdam.save`` and ``load`` do one optimizer, :class:`CheckpointMan
 """
 
 from sharded_radam.checkpoint.agreement import CheckpointError
-from sharded_radam.checkpoint.manager import CheckpointManager, Restored
+from sharded_radam.checkpoint.manager import CheckpointManager
 from sharded_radam.checkpoint.optimizer_part import LoadReport
 from sharded_radam.checkpoint.saving import SaveReport
+from sharded_radam.checkpoint.training import Restored
 
 __all__ = ["CheckpointError", "CheckpointManager", "LoadReport", "Restored", "SaveReport"]

@@ -80,14 +80,14 @@ def contents(
     own: Mapping[str, Any],
     rank: int,
     world_size: int,
-    of_rank_0: Collection[tuple[str, str]] = (),
+    of_rank_0: Collection[tuple[str, ...]] = (),
 ) -> Contents:
     """What a rank writes.
 
     Args:
         nested: values of all ranks: tensors and others are alike on them, range tensors each have their own part.
         own: values of this rank only; each becomes ``<name>.<rank>``.
-        of_rank_0: the first two keys of what may differ between ranks in ``nested``: rank 0's is saved.
+        of_rank_0: the first keys of what may differ between ranks in ``nested``: rank 0's is saved.
         rank: of the group.
         world_size: of the group.
     """
@@ -103,7 +103,7 @@ def contents(
         }
     objects |= {f"{name}.{rank}": value for name, value in own.items()}
     scalars = {key: value for key, value in tensors.items() if _is_scalar(value)}
-    whole = {*scalars, *(key for key in tensors if paths[key][:2] in of_rank_0)}
+    whole = {*scalars, *(key for key in tensors if _begins_with(paths[key], of_rank_0))}
     aliases = _aliases(scalars) if rank == 0 else {}
     replicated = {
         key: _as_ranges(value)
@@ -149,6 +149,10 @@ class Staging:
             with contextlib.suppress(AttributeError):
                 self._memory.madvise(mmap.MADV_DONTNEED)
             self._memory = None
+
+
+def _begins_with(path: tuple[str | int, ...], beginnings: Collection[tuple[str, ...]]) -> bool:
+    return any(path[:length] in beginnings for length in range(1, len(path) + 1))
 
 
 def _is_scalar(value: Tensor) -> bool:

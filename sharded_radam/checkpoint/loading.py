@@ -1,7 +1,8 @@
 """Loading: nothing is changed before every rank has read and checked all that it needs.
 
 Stages, each agreed on: all ranks have matched what they want with the same checkpoint; all have read it, into memory of
-its own. Then each rank copies it to its place, where nothing can fail.
+its own; objects of the user have taken it (:mod:`sharded_radam.checkpoint.undo`). Then each rank copies the rest to its
+place, where nothing can fail.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index, read_index
 from sharded_radam.checkpoint.reading import Reads, Target, plan_reads, read
+from sharded_radam.checkpoint.undo import Change, change_all
 
 T = TypeVar("T")
 
@@ -26,7 +28,7 @@ def load_checkpoint(
     path: Path,
     peers: Peers,
     timeout: float,
-    prepare: Callable[[Index, DataFiles], tuple[Sequence[Target], Callable[[], T]]],
+    prepare: Callable[[Index, DataFiles], tuple[Sequence[Target], Sequence[Change], Callable[[], T]]],
 ) -> T:
     """Load on all ranks, or on none.
 
@@ -34,8 +36,8 @@ def load_checkpoint(
         path: of the checkpoint.
         peers: the ranks.
         timeout: see :class:`Agreement`.
-        prepare: checks the index against what is to be loaded; returns memory to read into, and what to do when all
-            ranks have read.
+        prepare: checks the index against what is to be loaded; returns memory to read into, what may fail when all
+            ranks have read, and what to do in the end, which cannot.
 
     Returns:
         What that returned.
@@ -49,24 +51,26 @@ def load_checkpoint(
     problem: Exception | None = None
     digest = 0
     index: Index | None = None
+    changes: Sequence[Change] = ()
     apply: Callable[[], T] | None = None
     try:
         index = read_index(folder)
         digest = index.digest
         index.check_files()
         with DataFiles(folder) as files:
-            targets, apply = prepare(index, files)
+            targets, changes, apply = prepare(index, files)
         reads = plan_reads(index, targets)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         problem = error
     agreement.decide({"path": str(folder), "checkpoint": digest}, problem, _same)
     assert index is not None
     assert apply is not None
     try:
         read(index, reads)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         problem = error
     agreement.decide(None, problem)
+    change_all(changes, agreement)
     return apply()
 
 

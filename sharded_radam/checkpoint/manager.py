@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import random
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, Peers
@@ -23,32 +18,20 @@ from sharded_radam.checkpoint.contents import Opaque, Staging
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.loading import load_checkpoint
-from sharded_radam.checkpoint.model_part import may_differ, model_content, model_targets
-from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+from sharded_radam.checkpoint.training import (
+    Restored,
+    Training,
+    loading_into,
+    of_ranks,
+    random_states,
+    read_positions,
+    setting_random_states,
+)
+from sharded_radam.checkpoint.undo import Change
 
 logger = logging.getLogger("sharded_radam")
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What a checkpoint had beside what was loaded into objects.
-
-    ``data`` is what this rank saved as its data position, or what all ranks saved if that is one and the same; None if
-    the ranks are others now and had different ones.
-    """
-
-    step: int
-    user: Any
-    data: Any
-    optimizer: LoadReport | None
-    _read_positions: Callable[[], tuple[Any, ...]] = field(repr=False, compare=False)
-
-    @property
-    def data_of_ranks(self) -> tuple[Any, ...]:
-        """Data positions of all ranks that saved, read when they are asked for: the checkpoint must still be there."""
-        return self._read_positions()
 
 
 class CheckpointManager:
@@ -102,7 +85,7 @@ class CheckpointManager:
         self,
         step: int,
         *,
-        model: nn.Module | None = None,
+        model: Any = None,
         optimizer: Any = None,
         scheduler: Any = None,
         data: Any = None,
@@ -133,18 +116,10 @@ class CheckpointManager:
         self.wait()
 
         def collect() -> Saved:
-            nested: dict[str, Any] = {}
-            of_rank_0: set[tuple[str, str]] = set()
-            if model is not None:
-                nested["model"] = model_content(model)
-                of_rank_0 = may_differ(model, nested["model"])
-            if optimizer is not None:
-                nested["optim"] = _part(optimizer, model).content()
-            if scheduler is not None:
-                nested["scheduler"] = Opaque(scheduler.state_dict())
+            nested, of_rank_0 = Training.of(model, optimizer, scheduler).content()
             if user is not None:
                 nested["user"] = Opaque(user)
-            own = {"rng": _random_states()}
+            own = {"rng": random_states()}
             if data is not None:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
             return Saved(nested, own, {"step": step}, of_rank_0)
@@ -211,7 +186,7 @@ class CheckpointManager:
         self,
         step: int,
         *,
-        model: nn.Module | None = None,
+        model: Any = None,
         optimizer: Any = None,
         scheduler: Any = None,
         data: Any = None,
@@ -235,102 +210,48 @@ class CheckpointManager:
         """
         self.wait()
 
-        def prepare(index: Index, files: DataFiles) -> tuple[list[Target], Callable[[], Restored]]:
-            targets: list[Target] = []
-            put_model: Callable[[], None] | None = None
-            if model is not None:
-                targets, put_model = model_targets(model, index, files, strict)
-            part = _part(optimizer, model) if optimizer is not None else None
-            prepared = part.prepare(index, files, strict, "optim") if part else None
-            schedule = _value(index, files, "scheduler") if scheduler is not None else None
+        def prepare(index: Index, files: DataFiles) -> tuple[list[Target], list[Change], Callable[[], Restored]]:
+            targets, changes, finish = Training.of(model, optimizer, scheduler).prepare(index, files, strict)
             user = files.load(index.objects["user"], "user") if "user" in index.objects else None
-            state = self._own(index, files, "rng") if rng else None
             position = self._position(index, files)
             if data is not None and position is None:
                 raise ValueError(
-                    f"data: the checkpoint has {len(_of_ranks(index, 'data'))} positions, of as many ranks, that "
+                    f"data: the checkpoint has {len(of_ranks(index, 'data'))} positions, of as many ranks, that "
                     f"differ, and there are {self._peers.world_size} ranks: load without data=, and choose from "
                     "data_of_ranks"
                 )
+            if data is not None:
+                changes.append(loading_into(data, "data", position))
+            states = self._own(index, files, "rng") if rng else None
+            if states is not None:
+                changes.append(setting_random_states(states))
 
             def apply() -> Restored:
-                if put_model:
-                    put_model()
-                report = part.apply(prepared) if part and prepared else None
-                if scheduler is not None:
-                    scheduler.load_state_dict(schedule)
-                if data is not None:
-                    data.load_state_dict(position)
-                if state is not None:
-                    _set_random_states(state)
-                return Restored(step, user, position, report, lambda: _read_positions(index))
+                reports = finish()
+                alone = reports.pop("", None)  # an optimizer without a name
+                return Restored(step, user, position, alone, reports, lambda: read_positions(index))
 
-            return [*targets, *(prepared.targets if prepared else [])], apply
+            return targets, changes, apply
 
         path = directory.step_path(self.folder, step)
         restored = load_checkpoint(path, self._peers, self._timeout, prepare)
         if self._peers.rank == 0:
-            logger.info("loaded %s%s", path, f": {restored.optimizer}" if restored.optimizer else "")
+            reports = (
+                [restored.optimizer] if restored.optimizer else [f"{k}: {v}" for k, v in restored.optimizers.items()]
+            )
+            logger.info("loaded %s", "; ".join(map(str, [path, *reports])))
         return restored
 
     def _own(self, index: Index, files: DataFiles, name: str) -> Any:
         """What this rank saved for itself, if as many ranks saved as there are now: only its own file is opened."""
-        keys = _of_ranks(index, name)
+        keys = of_ranks(index, name)
         if len(keys) != self._peers.world_size:
             return None
         return files.load(index.objects[keys[self._peers.rank]], keys[self._peers.rank])
 
     def _position(self, index: Index, files: DataFiles) -> Any:
-        keys = _of_ranks(index, "data")
+        keys = of_ranks(index, "data")
         if len(keys) in (0, self._peers.world_size):
             return self._own(index, files, "data")
         first, *others = (files.load(index.objects[key], key) for key in keys)
         return first if all(other == first for other in others) else None
-
-
-def _part(optimizer: Any, model: nn.Module | None) -> OptimizerPart:
-    if not hasattr(optimizer, "checkpoint_part"):
-        raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, expected a ShardedRAdam; save others with "
-            "torch.distributed.checkpoint"
-        )
-    part: OptimizerPart = optimizer.checkpoint_part(model)
-    return part
-
-
-def _value(index: Index, files: DataFiles, key: str) -> Any:
-    if key not in index.objects:
-        raise ValueError(f"{index.folder} has no {key}: load without {key}=")
-    return files.load(index.objects[key], key)
-
-
-def _of_ranks(index: Index, name: str) -> list[str]:
-    """Keys of what the ranks saved, each its own, in the order of ranks."""
-    keys = [key for key in index.objects if key.startswith(f"{name}.")]
-    return sorted(keys, key=lambda key: int(key.removeprefix(f"{name}.")))
-
-
-def _read_positions(index: Index) -> tuple[Any, ...]:
-    with DataFiles(index.folder) as files:
-        return tuple(files.load(index.objects[key], key) for key in _of_ranks(index, "data"))
-
-
-def _random_states() -> dict[str, Any]:
-    """States of all generators that this process uses, as plain values."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        states["numpy"] = (name, keys.tolist(), *rest)
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    if "numpy" in states and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(tuple(states["numpy"]))

@@ -32,22 +32,22 @@ def model_content(model: nn.Module) -> dict[str, Any]:
     return content
 
 
-def may_differ(model: nn.Module, content: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """Keys of what a model's content has beside parameters: buffers and extra state, which each rank has for itself."""
+def may_differ(model: nn.Module, content: Mapping[str, Any]) -> set[str]:
+    """Names of what a model's content has beside parameters: buffers, extra state, which each rank has for itself."""
     params = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {("model", name) for name in content.keys() - params}
+    return {*(content.keys() - params)}
 
 
 def model_targets(
-    model: nn.Module, index: Index, files: DataFiles, strict: bool
+    model: nn.Module, index: Index, files: DataFiles, strict: bool, key: str = "model"
 ) -> tuple[list[Target], Callable[[], None]]:
-    """Memory for the model's state, and what puts it into the model.
+    """Memory for the model's state, which was saved under ``key``, and what puts it into the model.
 
     Raises:
         ValueError: names or shapes differ, and ``strict``.
     """
-    flat, paths = flatten({"model": model_content(model)})
-    saved = {key for key in [*index.tensors, *index.objects] if key.startswith("model.")}
+    flat, paths = flatten({key: model_content(model)})
+    saved = {name for name in [*index.tensors, *index.objects] if name.startswith(f"{key}.")}
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
     shapes = {key: index.tensors[key].shape for key in tensors.keys() & index.tensors.keys()}
     mismatched = [
@@ -70,7 +70,7 @@ def model_targets(
         from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        content = unflatten_state_dict(staged, paths).get("model", {})
+        content = unflatten_state_dict(staged, paths).get(key, {})
         set_model_state_dict(model, content, options=StateDictOptions(strict=strict))
 
     return targets, apply

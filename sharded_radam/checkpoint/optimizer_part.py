@@ -61,6 +61,15 @@ def list_differences(missing: Sequence[str], unexpected: Sequence[str], mismatch
     return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
 
 
+def expect_all(report: LoadReport, strict: bool) -> None:
+    """Raise ValueError if something of a checkpoint does not fit, and ``strict``."""
+    if strict and report.differences():
+        raise ValueError(
+            f"{'; '.join(report.differences())}. Expected the same parameters on both sides; strict=False loads "
+            "what fits and leaves the rest of the optimizer alone"
+        )
+
+
 def some(names: Sequence[str]) -> str:
     """The first of many names."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -186,11 +195,7 @@ class OptimizerPart:
             unexpected=tuple(sorted(saved.names.difference(*names.values()))),
             mismatched=(*(m.problem for m in matches if m.problem is not None), *differing),
         )
-        if strict and report.differences():
-            raise ValueError(
-                f"{'; '.join(report.differences())}. Expected the same parameters on both sides; strict=False loads "
-                "what fits and leaves the rest of the optimizer alone"
-            )
+        expect_all(report, strict)
         self.check(groups)
         return Prepared(targets, loading, groups, report)
 

@@ -50,13 +50,13 @@ class SaveReport:
 class Saved:
     """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest.
 
-    ``of_rank_0`` has the first two keys of what may differ between ranks in ``nested``: rank 0's is saved.
+    ``of_rank_0`` has the first keys of what may differ between ranks in ``nested``: rank 0's is saved.
     """
 
     nested: Mapping[str, Any]
     own: Mapping[str, Any]
     info: Mapping[str, Any]
-    of_rank_0: Collection[tuple[str, str]] = ()
+    of_rank_0: Collection[tuple[str, ...]] = ()
 
 
 class Save:

@@ -12,6 +12,7 @@ from sharded_radam.checkpoint.loading import load_checkpoint
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+from sharded_radam.checkpoint.undo import Change
 
 
 def save_optimizer(path: Path, make_part: Callable[[], OptimizerPart], peers: Peers, timeout: float) -> SaveReport:
@@ -34,9 +35,9 @@ def load_optimizer(
 ) -> LoadReport:
     """Load what any of torch's or our ways of saving wrote of a RAdam."""
 
-    def prepare(index: Index, files: DataFiles) -> tuple[list[Target], Callable[[], LoadReport]]:
+    def prepare(index: Index, files: DataFiles) -> tuple[list[Target], tuple[Change, ...], Callable[[], LoadReport]]:
         part = make_part()
         prepared = part.prepare(index, files, strict, prefix)
-        return prepared.targets, lambda: part.apply(prepared)
+        return prepared.targets, (), lambda: part.apply(prepared)
 
     return load_checkpoint(path, peers, timeout, prepare)
