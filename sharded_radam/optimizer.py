@@ -648,31 +648,40 @@ class ShardedRAdam(RAdam, Joinable):
         """
         if not 0 <= to < self._network.world_size:
             raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
-        self._wait_for_parameters()
-        with torch.no_grad():
-            for flat in self._flats:
-                self._take_back_state(flat)
-            gathered = [states.gather_flat(flat, self._network, to) for flat in self._flats]
+        found = self._gather(to, torch.device("cpu"))
         if self._network.rank != to:
             return None
-        found = {}
-        for flat, tensors in zip(self._flats, gathered, strict=True):
-            for param, tensor in zip(flat.params, tensors or [], strict=True):
-                found[param] = {"step": states.export_step(self.state[param]["step"]).cpu(), **tensor}
         if self._network.world_size > 1:
             self._consolidated = found
         return self._copy(found)
+
+    @torch.no_grad()
+    def _gather(self, to: int | None, device: torch.device | None) -> dict[Tensor, Any]:
+        """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are."""
+        self._wait_for_parameters()
+        found = {}
+        for flat in self._flats:
+            self._take_back_state(flat)
+            gathered = states.gather_flat(flat, self._network, to, device or flat.buffer.device)
+            for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
+                step = states.export_step(self.state[param]["step"])
+                found[param] = {"step": step.to(device or step.device), **tensors}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, where it is in this process; not collective.
 
         With one rank what RAdam returns. With several ranks, after ``consolidate_state_dict``, on its target rank and
         until the next step: the consolidated state, with the options that the param groups have now. For
-        torch.distributed.checkpoint, whose functions call this, ``sharded_state_dict()``.
+        torch.distributed.checkpoint, whose functions call this, ``sharded_state_dict()``; or, by a collective, whole
+        tensors, where it was told ``StateDictOptions(full_state_dict=True)``.
 
         Raises:
             RuntimeError: there is only this rank's part of the state, and someone else asks.
         """
+        asked = callers.takes_whole()
+        if asked is not None and self._network.world_size > 1:
+            return self._with_hooks(lambda: self._as_dict(self._gather_for_torch(asked.on_rank_0)))
         if callers.takes_parts() or self._network.world_size == 1:
             return self.sharded_state_dict()
         whole = self._consolidated
@@ -697,10 +706,20 @@ class ShardedRAdam(RAdam, Joinable):
 
     def _as_dict(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
         """State by parameter in torch's format, with the param groups as they are now."""
+        found = {param: state for param, state in found.items() if not states.is_left_alone(param, state)}
         return {
             "state": states.index_state(found, self.param_groups),
             "param_groups": states.pack_groups(self.param_groups),
         }
+
+    def _gather_for_torch(self, on_rank_0: bool) -> dict[Tensor, Any]:
+        """Collective: whole tensors, on all ranks, or on torch's rank 0; it then drops what the others return."""
+        if not on_rank_0:
+            return self._gather(None, None)
+        if 0 not in (ranks := dist.get_process_group_ranks(self._network.group)):
+            return self._local_state()
+        found = self._gather(ranks.index(0), torch.device("cpu"))
+        return found if dist.get_rank() == 0 else self._local_state()
 
     def _copy(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
         """The same, of which nothing changes later but the tensors of ``found``."""

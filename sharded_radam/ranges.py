@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -96,6 +97,16 @@ class RangeTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise RuntimeError(_NOT_WHOLE)
+
+    def _between_processes(self) -> tuple[Any, ...]:
+        """For multiprocessing, whose messages become no files: as when a process of its own writes a checkpoint.
+
+        Sending moves memory that is not shared; pieces may be live state, so copies are sent.
+        """
+        pieces = [
+            (start, piece if piece.untyped_storage().is_shared() else piece.clone()) for start, piece in self.pieces
+        ]
+        return RangeTensor, (tuple(self.shape), pieces, self.memory_order, self.dtype, self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RangeTensor:
         return self._map(torch.clone)
@@ -178,3 +189,6 @@ class RangeTensor(torch.Tensor):
             f"{func} on a RangeTensor: it has only the elements that this rank owns, and is meant for checkpoints. "
             "(dcp.async_save with a storage_writer? Pass async_stager=DefaultStager() too.)"
         )
+
+
+ForkingPickler.register(RangeTensor, RangeTensor._between_processes)

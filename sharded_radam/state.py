@@ -51,17 +51,25 @@ def export_step(step: Tensor) -> Tensor:
     return step.detach().to(_get_scalar_dtype(), copy=True)  # type: ignore[no-untyped-call]
 
 
-def gather_flat(flat: Flat, transport: Transport, to: int) -> list[dict[str, Tensor]] | None:
-    """Collective: the whole state of a flat's slots, on CPU and shaped as the parameters, on rank ``to``; else None.
+def gather_flat(
+    flat: Flat, transport: Transport, to: int | None, device: torch.device
+) -> list[dict[str, Tensor]] | None:
+    """Collective: the whole state of a flat's slots, shaped as the parameters.
 
-    Beyond the result, the target allocates one bucket, the other ranks nothing.
+    Beyond the result, who gets it allocates one bucket, the other ranks nothing.
+
+    Args:
+        flat: whose state.
+        transport: of its ranks.
+        to: the rank that gets it, the others get None; all if it is None.
+        device: of the result.
     """
-    if transport.rank != to:
+    if to is not None and transport.rank != to:
         for name, bucket in _name_and_bucket(flat):
             transport.gather(flat.shard_state(name, bucket), None, to)
         return None
     found = [
-        {name: torch.empty(slot.numel, dtype=local.dtype) for name, local in flat.state.items()}
+        {name: torch.empty(slot.numel, dtype=local.dtype, device=device) for name, local in flat.state.items()}
         for slot in flat.plan.slots
     ]
     any_state = flat.state["exp_avg"]
@@ -70,7 +78,7 @@ def gather_flat(flat: Flat, transport: Transport, to: int) -> list[dict[str, Ten
     )
     for name, bucket in _name_and_bucket(flat):
         start, stop = flat.plan.bucket_range(bucket)
-        transport.gather(flat.shard_state(name, bucket), staging[: stop - start], to)
+        _gather_bucket(flat.shard_state(name, bucket), staging[: stop - start], transport, to)
         for slot, tensors in zip(flat.plan.slots, found, strict=True):
             first, last = max(slot.start, start), min(slot.start + slot.numel, stop)
             if first < last:
@@ -81,8 +89,24 @@ def gather_flat(flat: Flat, transport: Transport, to: int) -> list[dict[str, Ten
     ]
 
 
+def _gather_bucket(shard: Tensor, bucket: Tensor, transport: Transport, to: int | None) -> None:
+    if to is not None:
+        transport.gather(shard, bucket, to)
+        return
+    bucket.chunk(transport.world_size)[transport.rank].copy_(shard)
+    for handle in transport.all_gather(bucket):
+        handle.wait()
+
+
 def _name_and_bucket(flat: Flat) -> Iterator[tuple[str, int]]:
     return ((name, bucket) for name in flat.state for bucket in range(flat.plan.num_buckets))
+
+
+def is_left_alone(param: Any, state: Any) -> bool:
+    """Whether a parameter is frozen and never took a step: RAdam has no state for it, and ours is zeros."""
+    if not isinstance(param, Tensor) or param.requires_grad:
+        return False
+    return isinstance(state, Mapping) and "exp_avg" in state and float(state["step"]) == 0
 
 
 def index_state(state: Mapping[Tensor, Any], param_groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
@@ -157,7 +181,7 @@ def read_entry(
             raise ValueError(f"loaded state of parameter '{name}' has no '{key}', only {sorted(map(str, saved))}")
     for key in ("exp_avg", "exp_avg_sq", "master"):
         value = saved.get(key)
-        if key == "master" and value is None:
+        if key == "master" and (value is None or value == {}):  # torch unflattens what is not there to {}
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"loaded {key} of parameter '{name}' is no tensor but {type(value).__name__}")

@@ -244,14 +244,35 @@ def checkpoint_loop() -> None:
     dist.init_process_group("gloo")
     code = recipe("torch.distributed.checkpoint")
 
-    def train(code: str, part: list[Tensor], checkpoint: str | None = None) -> nn.Module:
-        return run(code, model=network(), batches=part, checkpoint=checkpoint)["model"]  # type: ignore[no-any-return]
+    def train(code: str, part: list[Tensor], checkpoint: str | None = None) -> dict[str, Any]:
+        return run(code, model=network(), batches=part, checkpoint=checkpoint)
 
-    reference = train(plain(code).replace('f"step', 'f"plain'), batches())
+    reference = train(plain(code).replace('f"step', 'f"plain'), batches())["model"]
     train(code, batches()[:HALF])
-    model = train(code, batches()[HALF:], f"step_{HALF}")
-    check_equal(model, reference)
+    trained = train(code, batches()[HALF:], f"step_{HALF}")
+    check_equal(trained["model"], reference)
     assert Path(f"step_{STEPS}", ".metadata").exists()
+    check_process(trained["training"])
+
+
+def check_process(training: Any) -> None:
+    """A process of its own writes the checkpoint, of the state when it was asked to."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
+
+    wanted = training.optimizer.consolidate_state_dict(to=0)
+    saving = async_save(
+        {"training": training}, checkpoint_id="process", async_checkpointer_type=AsyncCheckpointerType.PROCESS
+    )
+    training.model(batches()[0]).square().mean().backward()
+    training.optimizer.step()
+    (saving.upload_completion if isinstance(saving, AsyncSaveResponse) else saving).result(timeout=100)
+    load({"training": training}, checkpoint_id="process")
+    found = training.optimizer.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0:
+        for index, state in wanted["state"].items():
+            assert all(torch.equal(value, found["state"][index][key]) for key, value in state.items())
+        assert found["state"][0]["step"] == STEPS
 
 
 PROGRAMS: dict[str, Callable[[], None]] = {
