@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from torch.optim.optimizer import ParamsT
 from sharded_radam import callers
 from sharded_radam import differentiable as autograd_step
 from sharded_radam import state as states
-from sharded_radam.checkpoint.agreement import Peers
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.saving import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.compat import check_graph_capture
@@ -818,7 +817,7 @@ class ShardedRAdam(RAdam, Joinable):
         Raises:
             CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
         """
-        return save_optimizer(Path(path), lambda: self.checkpoint_part(model), Peers.of(self.process_group), timeout)
+        return save_optimizer(path, lambda: self.checkpoint_part(model), Peers.of(self.process_group), timeout)
 
     def load(
         self,
@@ -847,7 +846,7 @@ class ShardedRAdam(RAdam, Joinable):
                 unchanged then.
         """
         peers = Peers.of(self.process_group)
-        return load_optimizer(Path(path), lambda: self.checkpoint_part(model), peers, timeout, strict, prefix)
+        return load_optimizer(path, lambda: self.checkpoint_part(model), peers, timeout, strict, prefix)
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""

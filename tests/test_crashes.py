@@ -72,15 +72,16 @@ def die_at(stage: str, rank: int) -> None:  # noqa: C901
 
         files.DataFile.write = partly  # type: ignore[method-assign]
     elif rank:  # these stages are rank 0's: another rank is killed when it waits for them
-        stage_of, number = Agreement._get, STAGES.index(stage)
+        ask, number = Agreement._ask, STAGES.index(stage)
 
-        def waiting(self: Agreement, name: str, deadline: float) -> Any:
+        def waiting(self: Agreement, post: str) -> Any:
             if self._stage == 3:
+                self._board.put(self._key(rank), post)
                 time.sleep(0.05 * (number - 2))
                 die()
-            return stage_of(self, name, deadline)
+            return ask(self, post)
 
-        Agreement._get = waiting  # type: ignore[method-assign]
+        Agreement._ask = waiting  # type: ignore[method-assign]
     elif stage == "before the index":
         saving.__dict__["write_index"] = lambda *_: die()
     elif stage == "before the rename":
@@ -104,7 +105,7 @@ def forked(action: Callable[[], object]) -> int:
             action()
             code = 0
         except CheckpointError as error:
-            code = 7 if "did not come within" in str(error) else 8
+            code = 7 if "has ended: it was killed" in str(error) else 8
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -116,10 +117,10 @@ def check_killed(rank: int, world_size: int, folder: str) -> None:
     for victim in range(world_size):
         for stage in STAGES:
             place = Path(folder, f"{world_size}-{victim}-{stage.replace(' ', '-')}")
-            manager, impatient = CheckpointManager(place, timeout=20), CheckpointManager(place, timeout=0.6)
+            manager = CheckpointManager(place, timeout=60)
             manager.save(1, optimizer=old)
 
-            def save(stage: str = stage, victim: int = victim, manager: CheckpointManager = impatient) -> None:
+            def save(stage: str = stage, victim: int = victim, manager: CheckpointManager = manager) -> None:
                 if rank == victim:
                     die_at(stage, rank)
                 manager.save(2, optimizer=new)
@@ -130,11 +131,10 @@ def check_killed(rank: int, world_size: int, folder: str) -> None:
                 assert status == -signal.SIGKILL, (stage, status)
             committed = committed_steps(place)
             assert committed in ([1], [1, 2]), committed
-            if stage in STAGES[:2] or (victim == 0 and stage in STAGES[:4]):
-                assert committed == [1]
-                assert rank == victim or status == 7, (stage, status)
-            if (victim, stage) == (0, STAGES[4]):
-                assert committed == [1, 2]
+            lost = stage in STAGES[:2] or (victim == 0 and stage in STAGES[:4])
+            assert committed == ([1] if lost else [1, 2]), stage
+            # The others know what came of it, at once, and not after the time-out.
+            assert rank == victim or status == (7 if lost else 0), (stage, status)
             # The last one loads, with the state that it was saved with.
             resumed_model, resumed = pair(0)
             restored = manager.load_latest(optimizer=resumed)
@@ -185,15 +185,13 @@ def check_failures(rank: int, world_size: int, folder: str) -> None:
     with same_error(rank, optimizer, "good exists: checkpoints are never overwritten", place):
         optimizer.save(place / "good")
     if world_size > 1:
-        with same_error(
-            rank, optimizer, "directory: rank 0 has .*a'; all ranks must have one|directory: rank 0", place
-        ):
+        with same_error(rank, optimizer, f"rank 0 is saving /.*/a, rank {last} is saving /.*/b; all ranks", place):
             optimizer.save(place / ("a" if rank < last else "b"))
-        with same_error(rank, optimizer, f"step: rank 0 has 1, rank {last} has 2; all ranks must have one"):
+        with same_error(rank, optimizer, f"rank 0 is saving .*step_1, rank {last} is saving .*step_2; all ranks"):
             CheckpointManager(place).save(1 if rank < last else 2, optimizer=optimizer)
         optimizer.save(place / "other")
         dist.barrier()
-        with same_error(rank, optimizer, "path: rank 0 has .*good', rank . has .*other'"):
+        with same_error(rank, optimizer, f"rank 0 is loading /.*/good, rank {last} is loading /.*/other; all ranks"):
             optimizer.load(place / ("good" if rank < last else "other"), timeout=5)
         begin = time.monotonic()
         if rank < last:
@@ -204,9 +202,6 @@ def check_failures(rank: int, world_size: int, folder: str) -> None:
                 with pytest.raises(CheckpointError, match=f"rank {last} did not come within 1.5 s"):
                     call()
             assert not (place / "c").exists()
-        else:  # it counts the two calls that it did not make
-            for _ in range(2):
-                Agreement(CheckpointManager(place)._peers, "", 1.0)
         assert time.monotonic() - begin < 10
         dist.barrier()
     # A rank that fails to write, in each way; the next save works.

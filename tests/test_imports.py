@@ -45,7 +45,11 @@ ALLOWED = {
     "state": {"memory", "flat", "ranges", "transport"},
     "differentiable": {"memory", "flat", "radam", "transport"},
     "join": {"memory", "transport"},
-    "checkpoint.agreement": {"compat"},
+    "checkpoint.board": set(),
+    "checkpoint.liveness": {"checkpoint.board"},
+    "checkpoint.peers": {"checkpoint.board", "checkpoint.liveness", "compat"},
+    "checkpoint.calls": {"checkpoint.board", "checkpoint.liveness", "checkpoint.peers"},
+    "checkpoint.agreement": {f"checkpoint.{name}" for name in ("board", "calls", "liveness", "peers")},
     "checkpoint.directory": set(),
     "checkpoint.errors": set(),
     "checkpoint.pickles": {"checkpoint.errors"},
@@ -60,10 +64,12 @@ ALLOWED = {
     "checkpoint.contents": {"memory", "ranges"},
     "checkpoint.saving": {
         f"checkpoint.{name}"
-        for name in ("agreement", "contents", "directory", "errors", "files", "index", "metadata", "verification")
+        for name in ("agreement", "contents", "directory", "files", "index", "metadata", "peers", "verification")
     },
     "checkpoint.undo": {"checkpoint.agreement"},
-    "checkpoint.loading": {f"checkpoint.{name}" for name in ("agreement", "files", "index", "reading", "undo")},
+    "checkpoint.loading": {
+        f"checkpoint.{name}" for name in ("agreement", "files", "index", "peers", "reading", "undo")
+    },
     "checkpoint.saved_optimizer": {*(f"checkpoint.{name}" for name in ("files", "index", "reading")), "state"},
     "checkpoint.optimizer_part": {
         *(f"checkpoint.{name}" for name in ("files", "index", "reading", "saved_optimizer")),
@@ -71,7 +77,7 @@ ALLOWED = {
     },
     "checkpoint.single": {
         f"checkpoint.{name}"
-        for name in ("agreement", "files", "index", "loading", "optimizer_part", "reading", "saving", "undo")
+        for name in ("files", "index", "loading", "optimizer_part", "peers", "reading", "saving", "undo")
     },
     "optimizer": {
         *(
@@ -91,7 +97,7 @@ ALLOWED = {
             "transport",
         ),
         *("gradients", "overlap", "overview"),
-        *(f"checkpoint.{name}" for name in ("agreement", "optimizer_part", "saving", "single")),
+        *(f"checkpoint.{name}" for name in ("optimizer_part", "peers", "saving", "single")),
     },
     "checkpoint.model_part": {
         *(f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")),
@@ -109,11 +115,11 @@ ALLOWED = {
     "checkpoint.manager": {
         *("checkpoint.agreement", "checkpoint.contents", "checkpoint.directory", "checkpoint.files"),
         *("checkpoint.index", "checkpoint.loading", "checkpoint.reading", "checkpoint.saving"),
-        *("checkpoint.training", "checkpoint.undo"),
+        *("checkpoint.peers", "checkpoint.training", "checkpoint.undo"),
     },
     "checkpoint": {f"checkpoint.{name}" for name in ("agreement", "manager", "optimizer_part", "saving", "training")},
     "checkpoint.tools": {
-        *("checkpoint.agreement", "checkpoint.directory", "checkpoint.files", "checkpoint.index"),
+        *("checkpoint.directory", "checkpoint.files", "checkpoint.index", "checkpoint.peers"),
         *("checkpoint.reading", "checkpoint.saved_optimizer", "checkpoint.saving", "checkpoint.verification"),
     },
     "planning": set(),

@@ -1,78 +1,138 @@
 """What ranks agree on before and after they touch files, by small messages through torch.distributed's store.
 
 Not by collectives: a rank that does not come is named when the time is over, nothing hangs, the process group stays
-usable, and a thread may agree on one checkpoint while training communicates. Each stage is
+usable, and a thread may agree on one checkpoint while training communicates. Messages are JSON, never pickles.
 
-    every rank    posts what it offers, or what its problem is
-    rank 0        waits for all posts, decides, posts the verdict: a value, or the text of the error
-    every rank    returns the value, or raises CheckpointError with the text
+An operation begins when all ranks have come, and goes on in stages. What a stage came to stands in one cell of the
+store, that is written once: whoever decides, or gives up, writes it if it is empty, and does what it says then. So an
+operation has one verdict, whoever was late, and all ranks succeed or all fail, with the same words::
 
-so that all ranks succeed or all fail, with the same words. Messages are JSON, never pickles.
+    call      the newest operation that any rank has asked for. A rank that comes joins it, or, if it has seen it,
+              replaces it by one of its own
+    answer    of a call; empty until rank 0 comes, and writes a token    -> stage 0, under that token
+                               or another rank gives up on rank 0        -> failed
+    stage 0   all say what they call; rank 0 writes that all are there   -> stage 1
+                               rank 0 gives up on a rank, or calls differ, or a rank gives up on rank 0  -> failed
+                               another rank 0, later, finds it empty     -> again: a new call
+    stage k   every rank posts what it offers, or what its problem is
+                               rank 0 has all posts, and decides         -> a value: the next stage, or done
+                               a problem, or somebody gives up           -> failed
+
+A token is made by the rank 0 that lives now, so no post of any other operation, nor of processes that have ended, is
+ever read for one of this. A rank that comes after its operation has failed raises what that came to, unless the others
+call it again within two seconds.
+
+A rank gives up on another that has ended, that has been silent for ``timeout``, or that has not come for ``timeout``;
+never on one that lives and is slow (``liveness``). Rank 0 watches all others, these watch rank 0.
+
+What a stage does may count beyond the store: a directory that was renamed. If rank 0 is lost there, the others cannot
+know from messages whether it did that. Then ``settle`` decides, for all who ask: it makes sure that it cannot be done
+any more, or finds that it has been. So it is if the store is lost too, as where rank 0 has it and is killed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
 from typing import Any, cast
 
-import torch.distributed as dist
+from sharded_radam.checkpoint.board import Board, StoreLostError, pauses
+from sharded_radam.checkpoint.calls import Caller, FailedError, Operation
+from sharded_radam.checkpoint.liveness import Address, Watch
+from sharded_radam.checkpoint.peers import Line, Peers
 
-from sharded_radam.compat import own_connection
+_LEAVE_S = 5.0
+_STORE_LOST = "the store by which ranks talk is gone: the process that had it (rank 0's, or torchrun's) has ended"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be saved or loaded; raised with the same text on every rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """The ranks that save and load together: those of a process group, or this process alone (``store`` None)."""
-
-    rank: int
-    world_size: int
-    store: Any
-
-    @staticmethod
-    def of(group: dist.ProcessGroup | None) -> Peers:
-        """The ranks of a group (None: the default one, or this process alone where there is none)."""
-        if not dist.is_available() or not dist.is_initialized():
-            return Peers(0, 1, None)
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        if len(ranks) == 1:
-            return Peers(0, 1, None)
-        name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        # A connection of its own, since one that waits for a message lets nobody else ask for anything.
-        store = own_connection(dist.distributed_c10d._get_default_store())
-        return Peers(dist.get_rank(group), len(ranks), cast("Any", dist).PrefixStore(f"sharded_radam/{name}", store))
-
-
 class Agreement:
     """One operation of all peers, in stages; made in the same order on every rank, as collectives are.
 
+    Made, it has begun on all ranks. It is a context manager: if it is left by an error, all ranks fail.
+
     Args:
         peers: the ranks.
-        what: what is done, for errors: ``"saving runs/a"``.
-        timeout: seconds that rank 0 waits for the posts of a stage; others wait twice as long for its verdict, since
-            it may have come later than they.
+        what: what is done, for errors, and alike on all ranks: ``"saving /runs/a"``.
+        timeout: seconds to wait for a rank that has not come, or is silent.
+        problem: why this rank cannot do it, if it cannot.
+
+    Raises:
+        CheckpointError: on every rank the same: one did not come, called something else, or had a problem.
     """
 
-    def __init__(self, peers: Peers, what: str, timeout: float) -> None:
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout}: expected seconds above 0")
-        self._peers = peers
-        self._what = what
-        self._timeout = timeout
-        self._stage = 0
-        # The store counts, not this process: a new store, as after an elastic restart, begins anew.
-        self._number = peers.store.add(f"operations/{peers.rank}", 1) if peers.store else 0
+    def __init__(self, peers: Peers, what: str, timeout: float, problem: Exception | None = None) -> None:
+        self._peers, self._what = peers, what
+        self._timeout = timeout if isinstance(timeout, int | float) and timeout > 0 else 600.0
+        if self._timeout != timeout:
+            problem = problem or ValueError(f"timeout={timeout!r}: expected seconds above 0")
+        self._operation: Operation | None = None
+        self._stage, self._is_open = 0, True
+        self._settle: Callable[[], bool] | None = None
+        self._addresses: dict[int, Address | None] = {}  # of ranks that are in it
+        self._lost: set[int] = set()
+        self._began = time.monotonic()
+        if peers.line is None:
+            self._value(self._take_part(_post(None, problem), lambda offers: None), problem)
+            return
+        self._watch = Watch(peers.line.board, peers.line.known, self._timeout)
+        weakref.finalize(self, self._watch.stop)
+        try:
+            with peers.line.lock:
+                self._begin(peers.line, problem)
+        except StoreLostError as error:
+            self.close()
+            raise CheckpointError(f"{what}: {_STORE_LOST}") from error
+        except BaseException as error:
+            self.close(error)
+            raise
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close(error)
+
+    @property
+    def _board(self) -> Board:
+        assert self._peers.line is not None
+        return self._peers.line.board
+
+    def _begin(self, line: Line, problem: Exception | None) -> None:
+        line.known.arrive()
+        post = _post({"what": self._what, "address": line.known.own}, problem)
+        caller = Caller(line, self._peers.rank, self._what, self._watch, self._timeout, self._began)
+        verdict: dict[str, Any] = {"again": True}
+        while "again" in verdict:
+            try:
+                self._operation = caller.join()
+            except FailedError as error:
+                self._value({"failure": str(error)}, problem)
+                raise
+            if self._peers.rank == 0:
+                self._began = time.monotonic()
+            else:
+                self._addresses = {0: self._operation.rank_0}
+            self._watch.begin(self._operation.token, self._peers.rank)
+            verdict = self._take_part(post, _expect_one_call)
+        self._value(verdict, problem)
+
+    # Stages
 
     def decide(
-        self, offer: Any, problem: Exception | None = None, decide: Callable[[list[Any]], Any] = lambda offers: None
+        self,
+        offer: Any,
+        problem: Exception | None = None,
+        decide: Callable[[list[Any]], Any] = lambda offers: None,
+        settle: Callable[[], bool] | None = None,
     ) -> Any:
         """One stage.
 
@@ -81,69 +141,205 @@ class Agreement:
             problem: what this rank failed with, if it did.
             decide: called on rank 0 with the offers of all ranks, in their order, if no rank has a problem; returns
                 the verdict, a JSON value, or raises.
+            settle: where ``decide`` does what counts beyond the store, and returns None: makes sure that it cannot be
+                done any more, and returns False; or finds that it has been done, and returns True. On any rank.
 
         Raises:
-            CheckpointError: a rank had a problem or did not come, or ``decide`` raised.
+            CheckpointError: a rank had a problem or was given up, or ``decide`` raised. The operation is over.
         """
-        self._stage += 1
-        post = {"problem": f"{type(problem).__name__}: {problem}"} if problem is not None else {"offer": offer}
-        if self._peers.rank == 0:
-            verdict = self._judge([post, *self._collect()], decide)
-            self._set("verdict", verdict)
-            self._forget(f"{self._stage - 1}/verdict")
-        else:
-            self._set(str(self._peers.rank), post)
-            found = self._get("verdict", time.monotonic() + 2 * self._timeout + 1)
-            late = f"{self._what}: rank 0 did not come within {2 * self._timeout:g} s, or has ended"
-            verdict = found or {"failure": late}
+        self._settle = settle
+        value = self._value(self._take_part(_post(offer, problem), decide), problem)
+        self._settle = None
+        return value
+
+    def check(self) -> None:
+        """For who does long work before the next stage: raise RuntimeError if that must fail already."""
+        if self._peers.line is None or not self._watch.is_due():
+            return
+        with suppress(StoreLostError):
+            others = range(1, self._peers.world_size) if self._peers.rank == 0 else range(1)
+            if lost := self._find_lost(others):
+                self._claim(self._failure(_reasons({}, lost)))
+            if self._board.look(self._key("verdict")) is not None:
+                raise RuntimeError("another rank has given up")
+
+    def _take_part(self, post: str, decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        try:
+            if self._peers.rank:
+                return self._ask(post)
+            verdict = self._judge(post, decide)
+        except StoreLostError:
+            return self._settled(_STORE_LOST)
+        return self._failure("another process is rank 0 now") if "again" in verdict else verdict
+
+    def _value(self, verdict: dict[str, Any], problem: Exception | None = None) -> Any:
+        """What a verdict says: go on with its value, or the operation is over."""
         if "failure" in verdict:
+            self.close()
             raise CheckpointError(verdict["failure"]) from problem
+        self._stage += 1
         return verdict["value"]
 
-    def _judge(self, posts: Sequence[Any], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
-        missing = [rank for rank, post in enumerate(posts) if post is None]
-        problems: dict[str, list[int]] = {}
-        for rank, post in enumerate(posts):
-            if post is not None and "problem" in post:
-                problems.setdefault(post["problem"], []).append(rank)
-        failures = [f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in problems.items()]
-        if missing:
-            failures.append(
-                f"rank {', '.join(map(str, missing))} did not come within {self._timeout:g} s: every rank of the "
-                "process group must make this call, and be alive"
-            )
-        if failures:
-            return {"failure": f"{self._what}: {'; '.join(failures)}"}
+    def _ask(self, post: str) -> dict[str, Any]:
+        """As another rank than 0: post, and wait for the verdict."""
+        self._board.put(self._key(self._peers.rank), post)
+        verdict = None
+        for _ in pauses():
+            verdict = self._board.look(self._key("verdict"))
+            if verdict is None and self._watch.is_due() and (why := self._why_lost(0)):
+                verdict = self._claim(self._settled(f"rank 0 {why}"))
+            if verdict is not None:
+                break
+        return cast("dict[str, Any]", verdict)
+
+    def _judge(self, own: str, decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        """As rank 0: collect the posts, decide, and write the verdict."""
+        posts = {0: json.loads(own)}
+        lost = self._collect(posts) if self._peers.line else {}
+        if self._peers.line and (verdict := self._board.look(self._key("verdict"))) is not None:
+            return cast("dict[str, Any]", verdict)
+        problems = {rank: post["problem"] for rank, post in sorted(posts.items()) if "problem" in post}
+        if problems or lost:
+            return self._claim(self._failure(_reasons(problems, lost)))
         try:
-            return {"value": decide([post["offer"] for post in posts])}
+            verdict = {"value": decide([posts[rank]["offer"] for rank in range(self._peers.world_size)])}
+            json.dumps(verdict)
         except Exception as error:  # whatever it is, the others must not wait for a verdict
-            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            return {"failure": f"{self._what}: {text}"}
+            verdict = self._settled(str(error) if isinstance(error, ValueError) else _words(error))
+        return self._claim(verdict)
 
-    def _collect(self) -> list[Any]:
-        deadline = time.monotonic() + self._timeout
-        posts = []
-        for rank in range(1, self._peers.world_size):
-            posts.append(self._get(str(rank), deadline))
-            self._forget(f"{self._stage}/{rank}")
-        return posts
+    def _collect(self, posts: dict[int, Any]) -> dict[int, str]:
+        """Posts of the others, as they come (posts: filled). Returns why ranks are given up, if any is."""
+        waiting = {rank: self._key(rank) for rank in range(1, self._peers.world_size)}
+        lost: dict[int, str] = {}
+        for _ in pauses():
+            is_due = self._watch.is_due()
+            if is_due or self._board.has([*waiting.values()]):
+                posts |= self._take(waiting)
+            if is_due:
+                lost = self._find_lost(waiting)
+            if not waiting or lost or (is_due and self._board.look(self._key("verdict")) is not None):
+                break
+        return lost
 
-    def _set(self, name: str, value: Any) -> None:
-        if self._peers.store:
-            self._peers.store.set(f"{self._number}/{self._stage}/{name}", json.dumps(value))
+    def _take(self, waiting: dict[int, str]) -> dict[int, Any]:
+        """Posts that are there (waiting: without them)."""
+        found = {rank: post for rank, key in waiting.items() if (post := self._board.look(key)) is not None}
+        for rank, post in found.items():
+            self._board.drop(waiting.pop(rank))
+            if not self._stage:
+                address = post.get("offer", {}).get("address")
+                self._addresses[rank] = Address(*address) if address else None
+        return found
 
-    def _get(self, name: str, deadline: float) -> Any:
-        """A message as soon as it is there; None if it is not in time, or the store is gone."""
-        key = f"{self._number}/{self._stage}/{name}"
+    def _find_lost(self, ranks: Iterable[int]) -> dict[int, str]:
+        """Those of some ranks that are given up, and why."""
+        lost = {rank: why for rank in ranks if (why := self._why_lost(rank))}
+        self._lost |= lost.keys()
+        return lost
+
+    def _why_lost(self, rank: int) -> str | None:
+        if rank not in self._addresses:
+            return self._watch.why_absent(rank, self._began)
+        return self._watch.why_lost(rank, self._addresses[rank])
+
+    def _key(self, name: object) -> str:
+        assert self._operation is not None
+        return f"{self._operation.token}/{self._stage}/{name}"
+
+    def _claim(self, verdict: dict[str, Any]) -> dict[str, Any]:
+        """Write the verdict of this stage, if there is none; what it is now."""
+        return cast("dict[str, Any]", self._board.claim(self._key("verdict"), verdict)) if self._peers.line else verdict
+
+    def _failure(self, text: str) -> dict[str, Any]:
+        return {"failure": f"{self._what}: {text}"}
+
+    def _settled(self, text: str) -> dict[str, Any]:
+        """A failure, unless what counts beyond the store has been done."""
         try:
-            self._peers.store.wait([key], timedelta(seconds=max(0.001, deadline - time.monotonic())))
-            return json.loads(self._peers.store.get(key))
-        except RuntimeError:  # too late, or the process that has the store ended
-            return None
+            if self._settle is not None and self._settle():
+                return {"value": None}
+        except Exception as error:
+            text += f"; whether it was done after all cannot be seen: {_words(error)}"
+        return self._failure(text)
 
-    def _forget(self, key: str) -> None:
-        if self._peers.store and self._stage:
-            self._peers.store.delete_key(f"{self._number}/{key}")
+    # End
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End this rank's part; with an error, that of all ranks."""
+        if not self._is_open or self._peers.line is None:
+            return
+        self._is_open = False
+        with suppress(StoreLostError):
+            if self._operation and error is not None:
+                self._claim(self._settled(f"rank {self._peers.rank}: {_words(error)}"))
+            if self._operation:
+                self._leave(self._operation)
+        self._watch.close()
+
+    def _leave(self, operation: Operation) -> None:
+        """Let rank 0 stay until the others have read the verdict: the store may end with it. It removes the keys."""
+        if self._peers.rank:
+            self._board.put(f"{operation.token}/left/{self._peers.rank}", "")
+            return
+        deadline = time.monotonic() + _LEAVE_S
+        staying = {rank: f"{operation.token}/left/{rank}" for rank in self._addresses.keys() - self._lost}
+        for _ in pauses():
+            if not staying or self._board.has([*staying.values()]):
+                break
+            if time.monotonic() > deadline:
+                return
+            if self._watch.is_due():
+                ended = {rank for rank in staying if self._watch.has_ended(self._addresses[rank])}
+                staying = {rank: key for rank, key in staying.items() if rank not in ended}
+        line = self._peers.line
+        if line is not None and len(staying) == self._peers.world_size - 1:  # nobody will look for them any more
+            verdicts = [f"{operation.token}/{stage}/verdict" for stage in range(self._stage + 1)]
+            self._board.drop(*staying.values(), *verdicts, *line.spent)
+            line.spent = [f"{operation.call}/answer"]
+
+
+def _post(offer: Any, problem: BaseException | None) -> str:
+    """What a rank says; that its offer cannot be said is a problem too."""
+    try:
+        if problem is None:
+            return json.dumps({"offer": offer})
+    except Exception as error:
+        problem = error
+    return json.dumps({"problem": _words(problem)})
+
+
+def _reasons(problems: dict[int, str], lost: dict[int, str]) -> str:
+    """What ranks failed with, and why ranks are given up; ranks with the same words together."""
+    ranks: dict[str, list[str]] = {}
+    for rank, text in [
+        *((rank, f": {text}") for rank, text in problems.items()),
+        *((rank, f" {why}") for rank, why in lost.items()),
+    ]:
+        ranks.setdefault(text, []).append(str(rank))
+    return "; ".join(f"rank {', '.join(of)}{text}" for text, of in ranks.items())
+
+
+def _words(error: BaseException | None) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its text is its own code
+        return type(error).__name__
+
+
+def _expect_one_call(offers: list[Any]) -> None:
+    calls = [offer["what"] for offer in offers]
+    for rank, call in enumerate(calls):
+        if call != calls[0]:
+            raise ValueError(f"rank 0 is {calls[0]}, rank {rank} is {call}; all ranks must make the same call")
+
+
+def absolute(path: Any) -> object:
+    """A path as the name of an operation: alike on all ranks, wherever they run; itself if it is none."""
+    try:
+        return os.path.abspath(path)
+    except (OSError, TypeError, ValueError):  # will be raised when it is used
+        return path
 
 
 def expect_same(offers: Sequence[Any], what: str) -> None:

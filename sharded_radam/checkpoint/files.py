@@ -6,6 +6,7 @@ This is what torch.distributed.checkpoint's FileSystemWriter writes. CRC-32 is z
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import sys
 import zlib
@@ -52,6 +53,26 @@ def start_write_back(descriptor: int, start: int, length: int) -> None:
         sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
+def encode(value: Any, what: str) -> memoryview:
+    """The chunk of a value, in memory.
+
+    Raises:
+        ValueError: it cannot be saved, or could not be loaded again; named ``what``.
+    """
+    stream = io.BytesIO()
+    try:
+        torch.save(value, stream)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its own code raises
+        raise ValueError(f"{what}: it cannot be saved: {type(error).__name__}: {error}") from error
+    try:
+        decode(stream.getbuffer())
+    except ValueError as error:  # not to be found out when it is needed
+        raise ValueError(f"{what}: {error}") from error
+    return stream.getbuffer()
+
+
 class DataFile:
     """A file that is written once, from its beginning to its end; a context manager, which waits for the disk."""
 
@@ -78,6 +99,12 @@ class DataFile:
         start, self._crc32 = self._size, 0
         torch.save(value, cast("IO[bytes]", self))
         return Extent(self._name, start, self._size - start, self._crc32)
+
+    def append(self, chunk: memoryview) -> Extent:
+        """Append what ``encode`` made."""
+        start, self._crc32 = self._size, 0
+        self.write(chunk)
+        return Extent(self._name, start, len(chunk), self._crc32)
 
     def write(self, data: Any) -> int:
         """For torch.save: memory goes to the file without a copy."""

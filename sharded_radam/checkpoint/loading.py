@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
+from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index, read_index
+from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.reading import Reads, Target, plan_reads, read
 from sharded_radam.checkpoint.undo import Change, change_all
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def load_checkpoint(
-    path: Path,
+    path: str | os.PathLike[str],
     peers: Peers,
     timeout: float,
     prepare: Callable[[Index, DataFiles], tuple[Sequence[Target], Sequence[Change], Callable[[], T]]],
@@ -45,32 +46,32 @@ def load_checkpoint(
     Raises:
         CheckpointError: the same on every rank; nothing was changed.
     """
-    folder = Path(os.path.abspath(path))
-    agreement = Agreement(peers, f"loading {path}", timeout)
     reads: Reads = {}
     problem: Exception | None = None
     digest = 0
     index: Index | None = None
     changes: Sequence[Change] = ()
     apply: Callable[[], T] | None = None
-    try:
-        index = read_index(folder)
-        digest = index.digest
-        index.check_files()
-        with DataFiles(folder) as files:
-            targets, changes, apply = prepare(index, files)
-        reads = plan_reads(index, targets)
-    except Exception as error:
-        problem = error
-    agreement.decide({"path": str(folder), "checkpoint": digest}, problem, _same)
-    assert index is not None
-    assert apply is not None
-    try:
-        read(index, reads)
-    except Exception as error:
-        problem = error
-    agreement.decide(None, problem)
-    change_all(changes, agreement)
+    with Agreement(peers, f"loading {absolute(path)}", timeout) as agreement:
+        try:
+            folder = Path(os.path.abspath(path))
+            index = read_index(folder)
+            digest = index.digest
+            index.check_files()
+            with DataFiles(folder) as files:
+                targets, changes, apply = prepare(index, files)
+            reads = plan_reads(index, targets)
+        except Exception as error:
+            problem = error
+        agreement.decide({"checkpoint": digest}, problem, _same)
+        assert index is not None
+        assert apply is not None
+        try:
+            read(index, reads)
+        except Exception as error:
+            problem = error
+        agreement.decide(None, problem)
+        change_all(changes, agreement)
     return apply()
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 import sharded_radam.checkpoint.directory as directory
-from sharded_radam.checkpoint.agreement import Agreement, Peers
+from sharded_radam.checkpoint.agreement import Agreement, absolute
 from sharded_radam.checkpoint.contents import Opaque, Staging
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.loading import load_checkpoint
+from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.checkpoint.training import (
@@ -122,12 +123,10 @@ class CheckpointManager:
             own = {"rng": random_states()}
             if data is not None:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
-            return Saved(nested, own, {"step": step}, of_rank_0)
+            return Saved(nested, own, {"step": directory.check_step(step)}, of_rank_0)
 
-        if self._peers.rank == 0:
-            directory.remove_leftovers(self.folder, "*")
         final = directory.step_path(self.folder, step)
-        save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging)
+        save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging, "*")
         if blocking:
             self.last_report = self._write(save)
             return self.last_report
@@ -144,13 +143,13 @@ class CheckpointManager:
     def _prune(self, newest: Path) -> None:
         if self._keep is None:
             return
-        for step in self.steps()[: -self._keep]:
-            path = directory.step_path(self.folder, step)
-            if path.name != newest.name:
-                try:
+        try:
+            for step in self.steps()[: -self._keep]:
+                path = directory.step_path(self.folder, step)
+                if path.name != newest.name:
                     directory.remove(path)
-                except OSError as error:  # the new checkpoint is there: no reason to end the training
-                    logger.warning("could not remove the old checkpoint %s: %s", path, error)
+        except OSError as error:  # the new checkpoint is there: no reason to end the training
+            logger.warning("could not remove old checkpoints in %s: %s", self.folder, error)
 
     @property
     def is_saving(self) -> bool:
@@ -177,9 +176,9 @@ class CheckpointManager:
     def load_latest(self, **parts: Any) -> Restored | None:
         """Load the committed checkpoint of the largest step, as ``load`` does; None if there is none."""
         self.wait()
-        agreement = Agreement(self._peers, f"looking for checkpoints in {self.folder}", self._timeout)
-        # Rank 0 looks: a network file system may show others something else.
-        step = agreement.decide(None, decide=lambda offers: max(self.steps(), default=None))
+        with Agreement(self._peers, f"looking for checkpoints in {absolute(self.folder)}", self._timeout) as agreement:
+            # Rank 0 looks: a network file system may show others something else.
+            step = agreement.decide(None, decide=lambda offers: max(self.steps(), default=None))
         return None if step is None else self.load(step, **parts)
 
     def load(

@@ -10,19 +10,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sharded_radam.checkpoint.directory as directory
-from sharded_radam.checkpoint.agreement import Agreement, Peers, expect_same
+from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
 from sharded_radam.checkpoint.contents import Staging, contents
-from sharded_radam.checkpoint.errors import DamagedError
-from sharded_radam.checkpoint.files import DataFile, DataFiles, Extent
+from sharded_radam.checkpoint.files import DataFile, Extent, encode
 from sharded_radam.checkpoint.index import MANIFEST, METADATA, write_index
 from sharded_radam.checkpoint.metadata import Box, SavedTensor
+from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.verification import check_coverage
 
 _SEEN_WITHIN_S = 10.0
@@ -68,46 +68,76 @@ class Save:
         peers: the ranks.
         timeout: see :class:`Agreement`.
         staging: where to copy what is written, if it may change as soon as this returns.
+        leftovers: whose unfinished checkpoints to remove in the folder of ``final``: a name, ``*`` for all; those of
+            its own name if None.
 
     Raises:
-        CheckpointError: the ranks do not save the same thing to the same, free, shared place; nothing was written.
+        CheckpointError: the ranks do not save the same thing to the same, free, shared place, or one of them has what
+            cannot be saved, or no memory for the copy; nothing was written.
     """
 
     def __init__(
-        self, final: Path, collect: Callable[[], Saved], peers: Peers, timeout: float, staging: Staging | None = None
+        self,
+        final: str | os.PathLike[str],
+        collect: Callable[[], Saved],
+        peers: Peers,
+        timeout: float,
+        staging: Staging | None = None,
+        leftovers: str | None = None,
     ) -> None:
         begin = time.perf_counter()
-        self.final = Path(os.path.abspath(final))
         self._peers = peers
-        self._agreement = Agreement(peers, f"saving {final}", timeout)
+        self._leftovers = leftovers
+        self._unfinished: Path | None = None
+        self._hold: directory.Hold | None = None
+        self._agreement = Agreement(peers, f"saving {absolute(final)}", timeout)
         self._info: dict[str, Any] = {"world_size": peers.world_size, "torch": torch.__version__, "time": time.time()}
+        try:
+            self._begin(final, collect)
+            self._get_ready(staging)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        self.blocked_s = time.perf_counter() - begin
+
+    def _begin(self, final: str | os.PathLike[str], collect: Callable[[], Saved]) -> None:
+        """Compare what is to be saved, and make the directory."""
         problem: Exception | None = None
         offer: dict[str, Any] = {}
         try:
+            self.final = Path(os.path.abspath(final))
             saved = collect()
             self._info |= saved.info
-            self._contents = contents(saved.nested, saved.own, peers.rank, peers.world_size, saved.of_rank_0)
-            offer = {**saved.info, "directory": str(self.final), "contents": self._contents.digest()}
-        except (OSError, TypeError, ValueError, RuntimeError) as error:
+            found = contents(saved.nested, saved.own, self._peers.rank, self._peers.world_size, saved.of_rank_0)
+            self._chunks = {key: encode(value, key) for key, value in found.objects.items()}
+            self._contents = replace(found, objects={})
+            offer = {**saved.info, "contents": found.digest()}
+        except Exception as error:
             problem = error
         self._unfinished = Path(self._agreement.decide(offer, problem, self._make_directory))
-        try:
-            self._agreement.decide(self._sees_directory(), decide=self._expect_seen)
-            if staging is not None:
-                self._contents = staging.copy(self._contents)
-        except BaseException:
-            self._give_up()
-            raise
-        self.blocked_s = time.perf_counter() - begin
 
     def _make_directory(self, offers: list[Any]) -> str:
         for what in offers[0]:
             expect_same([offer.get(what) for offer in offers], what)
-        return str(directory.begin(self.final))
+        self._unfinished = directory.begin(self.final, self._leftovers)
+        self._hold = directory.Hold(self._unfinished)
+        return str(self._unfinished)
+
+    def _get_ready(self, staging: Staging | None) -> None:
+        """See the directory on every rank, and copy what may change."""
+        problem: Exception | None = None
+        sees = False
+        try:
+            sees = self._sees_directory()
+            if staging is not None:
+                self._contents = staging.copy(self._contents)
+        except Exception as error:
+            problem = error
+        self._agreement.decide(sees, problem, self._expect_seen)
 
     def _sees_directory(self) -> bool:
         deadline = time.monotonic() + _SEEN_WITHIN_S
-        while not self._unfinished.is_dir():
+        while not self._folder.is_dir():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -130,34 +160,36 @@ class Save:
         problem: Exception | None = None
         written: list[Any] = []
         try:
-            written = self._write_file()
-        except (OSError, RuntimeError, ValueError) as error:
-            problem = error
-        num_bytes = sum(length for *_, length, _ in written)
-        try:
-            self._agreement.decide(written, problem, self._commit)
-        except BaseException:
-            self._give_up()
+            try:
+                written = self._write_file()
+            except Exception as error:
+                problem = error
+            self._agreement.decide(written, problem, self._commit, self._settle)
+        except BaseException as error:
+            self._give_up(error)
             raise
+        self._agreement.close()
+        if self._hold is not None:
+            self._hold.release()
+        num_bytes = sum(length for *_, length, _ in written)
         return SaveReport(self.final, num_bytes, self.blocked_s, time.perf_counter() - begin)
 
     def _write_file(self) -> list[Any]:
         """Rows for rank 0: key, offsets, sizes (None for objects), start, length, CRC-32."""
         rows: list[Any] = []
-        path = self._unfinished / f"__{self._peers.rank}_0.distcp"
-        with DataFile(path) as file:
+        with DataFile(self._folder / f"__{self._peers.rank}_0.distcp") as file:
             for key, offsets, data in self._contents.parts:
+                self._agreement.check()
                 extent = file.add(data.cpu())
                 rows.append((key, offsets, tuple(data.shape), *extent[1:]))
-            objects = {key: file.add(value) for key, value in self._contents.objects.items()}
-            rows += [(key, None, None, *extent[1:]) for key, extent in objects.items()]
-        with DataFiles(self._unfinished) as files:
-            for key, extent in objects.items():
-                try:
-                    files.load(extent, key)
-                except DamagedError as error:  # not to be found out when it is needed
-                    raise ValueError(f"what was saved could not be loaded: {error}") from error
+            for key, chunk in self._chunks.items():
+                rows.append((key, None, None, *file.append(chunk)[1:]))
         return rows
+
+    @property
+    def _folder(self) -> Path:
+        assert self._unfinished is not None
+        return self._unfinished
 
     def _commit(self, offers: list[Any]) -> None:
         boxes: dict[str, list[Box]] = {key: [] for key in self._contents.described}
@@ -177,11 +209,18 @@ class Save:
         }
         check_coverage(tensors)
         paths = {key: self._contents.paths.get(key, (key,)) for key in [*tensors, *objects]}
-        write_index(self._unfinished, tensors, objects, paths, self._info)
-        directory.fsync(self._unfinished / METADATA)
-        directory.fsync(self._unfinished / MANIFEST)
-        directory.commit(self._unfinished, self.final)
+        write_index(self._folder, tensors, objects, paths, self._info)
+        directory.fsync(self._folder / METADATA)
+        directory.fsync(self._folder / MANIFEST)
+        directory.commit(self._folder, self.final)
 
-    def _give_up(self) -> None:
-        if self._peers.rank == 0:
+    def _settle(self) -> bool:
+        return not directory.withdraw(self._folder, self.final)
+
+    def _give_up(self, error: BaseException) -> None:
+        """After the verdict, or to make it: no rank commits any more."""
+        self._agreement.close(error)
+        if self._unfinished is not None:
             shutil.rmtree(self._unfinished, ignore_errors=True)
+        if self._hold is not None:
+            self._hold.release()

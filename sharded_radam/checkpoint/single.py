@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
-from sharded_radam.checkpoint.agreement import Peers
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.loading import load_checkpoint
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.checkpoint.undo import Change
 
 
-def save_optimizer(path: Path, make_part: Callable[[], OptimizerPart], peers: Peers, timeout: float) -> SaveReport:
+def save_optimizer(
+    path: str | os.PathLike[str], make_part: Callable[[], OptimizerPart], peers: Peers, timeout: float
+) -> SaveReport:
     """Save under the key "optim"; ``make_part`` may raise, as all that can fail on one rank only."""
 
     def collect() -> Saved:
@@ -26,7 +28,7 @@ def save_optimizer(path: Path, make_part: Callable[[], OptimizerPart], peers: Pe
 
 
 def load_optimizer(
-    path: Path,
+    path: str | os.PathLike[str],
     make_part: Callable[[], OptimizerPart],
     peers: Peers,
     timeout: float,

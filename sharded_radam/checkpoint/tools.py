@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.agreement import Peers
 from sharded_radam.checkpoint.directory import fsync
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.reading import fill_tensor, read_tensor, read_value
 from sharded_radam.checkpoint.saved_optimizer import SavedOptimizer, differing_options, find_optimizer, read_options
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport

@@ -1,0 +1,111 @@
+"""How ranks find into one operation; see ``agreement``."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sharded_radam.checkpoint.board import pauses
+from sharded_radam.checkpoint.liveness import Address, Watch
+from sharded_radam.checkpoint.peers import Line
+
+_LATE_S = 2.0
+
+
+class FailedError(Exception):
+    """The operation that a rank has come for has failed, with this text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One that all ranks are asked to begin: its token, the call that it answers, and where rank 0 listens."""
+
+    token: str
+    call: str
+    rank_0: Address | None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A rank that comes to do ``what`` at the time ``began``."""
+
+    line: Line
+    rank: int
+    what: str
+    watch: Watch
+    timeout: float
+    began: float
+
+    def join(self) -> Operation:
+        """Begin the operation (rank 0), or wait for rank 0 to do so.
+
+        Raises:
+            FailedError: rank 0 has ended or did not come; or this rank comes too late.
+        """
+        while True:
+            if (operation := self._try()) is not None:
+                return operation
+
+    def _try(self) -> Operation | None:
+        """Take part in the newest call; if that is over, none, and the call that is found next is another one."""
+        board = self.line.board
+        own = json.dumps({"id": secrets.token_hex(8), "what": self.what})
+        text = board.exchange("call", self.line.seen, own)
+        call = json.loads(text)
+        found = self._answer(call["id"]) if self.rank == 0 else self._await_answer(call["id"], text)
+        if isinstance(found, str) and call["what"] == self.what:
+            self._wait_for_another(text, found)
+        self.line.seen = text
+        return found if isinstance(found, Operation) else None
+
+    def _answer(self, call: str) -> Operation | str | None:
+        """As rank 0: the operation, or what it has failed with before this came."""
+        answer = {"token": secrets.token_hex(8), "address": self.line.known.own}
+        found = self.line.board.claim(f"{call}/answer", answer)
+        if "failure" in found:
+            return str(found["failure"])
+        if found["token"] == answer["token"]:
+            return Operation(found["token"], call, self.line.known.own)
+        # Of a process that was rank 0 before this one, and may have ended while others wait.
+        self.line.board.claim(f"{found['token']}/0/verdict", {"again": True})
+        return None
+
+    def _await_answer(self, call: str, text: str) -> Operation | str | None:
+        """As another rank: the operation, what it failed with before this came, or None if there is a newer call."""
+        board, key = self.line.board, f"{call}/answer"
+        if (early := board.look(key)) is not None and "failure" in early:
+            return str(early["failure"])
+        found = early or self._wait(key, text)
+        if "failure" in found:
+            self.line.seen = text
+            raise FailedError(found["failure"])
+        if "token" not in found:
+            return None
+        if (over := board.look(f"{found['token']}/0/verdict")) is not None:
+            return cast("str | None", over.get("failure"))
+        return Operation(found["token"], call, Address(*found["address"]) if found["address"] else None)
+
+    def _wait(self, key: str, text: str) -> dict[str, Any]:
+        """Rank 0's answer, or the failure when rank 0 is given up; nothing if there is a newer call."""
+        for _ in pauses():
+            if (found := self.line.board.look(key)) is not None:
+                return cast("dict[str, Any]", found)
+            if self.watch.is_due():
+                if self.line.board.read("call") != text:
+                    break
+                if why := self.watch.why_absent(0, self.began):
+                    return cast("dict[str, Any]", self.line.board.claim(key, {"failure": f"{self.what}: rank 0 {why}"}))
+        return {}
+
+    def _wait_for_another(self, text: str, failure: str) -> None:
+        """Raise what an operation came to that this rank has missed, unless the others call it again just now."""
+        deadline = time.monotonic() + min(_LATE_S, self.timeout)
+        for _ in pauses():
+            if self.line.board.read("call") != text:
+                return
+            if time.monotonic() > deadline:
+                self.line.seen = text
+                raise FailedError(failure)

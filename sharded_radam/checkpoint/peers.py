@@ -1,0 +1,62 @@
+"""The ranks that save and load together, and by what they talk."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch.distributed as dist
+
+from sharded_radam.checkpoint.board import Board
+from sharded_radam.checkpoint.liveness import Acquaintance
+from sharded_radam.compat import own_connection
+
+
+@dataclass(slots=True)
+class Line:
+    """By what the same ranks talk again and again, and what this process remembers of it.
+
+    ``seen`` is the last call (see ``agreement``) that this process took part in or found to be over, ``spent`` keys
+    that can be removed when the next operation is over; ``lock`` is held by the thread that begins an operation.
+    """
+
+    board: Board
+    known: Acquaintance
+    seen: str = ""
+    spent: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_lines: weakref.WeakKeyDictionary[Any, dict[str, Line]] = weakref.WeakKeyDictionary()
+"""Of a default store, by ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The ranks that save and load together: those of a process group, or this process alone (``line`` None)."""
+
+    rank: int
+    world_size: int
+    line: Line | None
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None) -> Peers:
+        """The ranks of a group (None: the default one, or this process alone where there is none)."""
+        if not dist.is_available() or not dist.is_initialized():
+            return Peers(0, 1, None)
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        if len(ranks) == 1:
+            return Peers(0, 1, None)
+        rank, name = dist.get_rank(group), hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        default = dist.distributed_c10d._get_default_store()
+        lines = _lines.setdefault(default, {})
+        if name not in lines:
+            # A connection of its own, since one that waits for a message lets nobody else ask for anything.
+            store = cast("Any", dist).PrefixStore(f"sharded_radam/{name}", own_connection(default))
+            board = Board(store)
+            others = range(1) if rank else range(1, len(ranks))
+            lines[name] = Line(board, Acquaintance(board, store, rank, others))
+        return Peers(rank, len(ranks), lines[name])
