@@ -212,6 +212,51 @@ def test_a_file_of_chunks(tmp_path: Path) -> None:
         DataFile(tmp_path / "x")
 
 
+LARGE = [
+    *(torch.randn(300, 257), torch.randn(257, 300).t(), torch.randn(40, 50, 60).permute(2, 0, 1)),
+    *(torch.randn(10**6).bfloat16(), torch.randn(20_000, dtype=torch.complex64), torch.arange(40_000)[10:]),
+    *(torch.randn(70_000).to(torch.float8_e5m2), torch.rand(70_000) > 0.5),
+]
+
+
+@pytest.mark.parametrize("value", LARGE, ids=lambda value: f"{value.dtype}-{tuple(value.shape)}-{value.stride()}")
+def test_large_tensors_are_read_into_their_place(tmp_path: Path, value: torch.Tensor) -> None:
+    with DataFile(tmp_path / "x") as file:
+        file.add(5)
+        extent = file.add(value)
+    memory = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    content = bytearray((tmp_path / "x").read_bytes())
+    with DataFiles(tmp_path) as files:
+        assert files.read_into(extent, "w", memory)
+        assert not files._buffer  # and not through other memory
+        assert torch.equal(memory.to(torch.complex128), value.to(torch.complex128))
+        for other in (memory.view(-1)[1:] if memory.is_contiguous() else memory[1:], torch.zeros(3)):
+            assert not files.read_into(extent, "w", other)
+        for at in (0, 700, extent.length // 2, extent.length - 9):  # whatever is damaged
+            damaged = bytearray(content)
+            damaged[extent.start + at] ^= 1
+            (tmp_path / "x").write_bytes(damaged)
+            with contextlib.suppress(DamagedError):
+                assert not files.read_into(extent, "w", memory)
+            with pytest.raises(DamagedError, match="the file is damaged"):
+                files.tensor(extent, "w")
+        os.truncate(tmp_path / "x", extent.start + extent.length - 1)
+        with pytest.raises(DamagedError, match="x, w: the file ends at byte"):
+            files.read_into(extent, "w", memory)
+
+
+def test_small_and_scattered_tensors_are_not(tmp_path: Path) -> None:
+    values = [torch.randn(5), torch.randn(80_000)[::2], torch.randn(40_000, dtype=torch.complex64).conj()]
+    with DataFile(tmp_path / "x") as file:
+        extents = [file.add(value) for value in values]
+    with DataFiles(tmp_path) as files:
+        for value, extent in zip(values, extents, strict=True):
+            memory = torch.zeros_like(value)
+            assert not files.read_into(extent, "w", memory)
+            assert not memory.resolve_conj().any()
+            assert torch.equal(files.tensor(extent, "w"), value)
+
+
 def test_directories(tmp_path: Path) -> None:
     final = tmp_path / "new" / "deep" / "step_5"
     unfinished = directory.begin(final)

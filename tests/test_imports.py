@@ -55,7 +55,7 @@ ALLOWED = {
     "checkpoint.pickles": {"checkpoint.errors"},
     "checkpoint.records": {"checkpoint.errors"},
     "checkpoint.decode": {"checkpoint.errors", "checkpoint.pickles", "checkpoint.records"},
-    "checkpoint.files": {"checkpoint.decode", "checkpoint.errors"},
+    "checkpoint.files": {"checkpoint.decode", "checkpoint.errors", "checkpoint.records", "memory"},
     "checkpoint.metadata": {f"checkpoint.{name}" for name in ("errors", "files", "pickles")},
     "checkpoint.packing": {"checkpoint.files", "checkpoint.metadata"},
     "checkpoint.index": {f"checkpoint.{name}" for name in ("errors", "files", "metadata", "packing")},

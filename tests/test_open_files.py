@@ -8,7 +8,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -80,13 +79,13 @@ def check_opened(rank: int, world_size: int, folder: str) -> None:
     manager = CheckpointManager(folder, timeout=20)
     manager.save(1, optimizer=optimizer, data=rank)
     read: list[str] = []
-    original = files.DataFiles.read
+    original = files.DataFiles._check
 
-    def noted(self: files.DataFiles, extent: files.Extent, what: str) -> Any:
+    def noted(self: files.DataFiles, extent: files.Extent, what: str, crc32: int) -> None:
         read.append(what)
-        return original(self, extent, what)
+        original(self, extent, what, crc32)
 
-    files.DataFiles.read = noted  # type: ignore[method-assign]
+    files.DataFiles._check = noted  # type: ignore[method-assign]
     try:
         restored = manager.load(1)
         assert sorted(read) == [f"data.{rank}", f"rng.{rank}"]
@@ -94,7 +93,7 @@ def check_opened(rank: int, world_size: int, folder: str) -> None:
         assert restored.data_of_ranks == tuple(range(world_size))
         assert read == [f"data.{at}" for at in range(world_size)]
     finally:
-        files.DataFiles.read = original  # type: ignore[method-assign]
+        files.DataFiles._check = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])

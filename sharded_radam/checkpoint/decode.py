@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
 from sharded_radam.checkpoint.pickles import PERSISTENT, Instance, Name, Ordered, Pairs, parse
-from sharded_radam.checkpoint.records import Record, find_records
+from sharded_radam.checkpoint.records import Ends, Record, find_records
 
 _DTYPE = re.compile(r"torch\.(b?float|complex|u?int|bool|half|double|short|long)\w*")
 _DEEPEST = 100
@@ -79,6 +79,24 @@ def decode_tensor(content: memoryview) -> Tensor:
     return found
 
 
+def locate_tensor(content: Ends) -> tuple[Tensor, int] | None:
+    """Where the elements of a large tensor are, of whose chunk there are the ends: it without them, on the device meta.
+
+    Returns:
+        The tensor, and its first element's byte. None if that is not so simple; :func:`decode_tensor` says what it is.
+    """
+    try:
+        with _refusing():
+            chunk = _Chunk(content)
+            found = _Values(chunk, own=False).make(chunk.tree, 0).value
+    except ValueError:
+        return None
+    if chunk.is_foreign or not isinstance(found, Tensor) or found.is_conj() or found.is_neg():
+        return None
+    (record,) = (record for name, record in chunk.records.items() if name.startswith("data/"))
+    return found, record.start(content) + int(found.storage_offset()) * found.itemsize
+
+
 @contextmanager
 def _refusing() -> Iterator[None]:
     try:
@@ -101,7 +119,7 @@ def _check_name(name: str) -> None:
 class _Chunk:
     """The records of a chunk, and the tree of its pickle."""
 
-    def __init__(self, content: memoryview) -> None:
+    def __init__(self, content: memoryview | Ends) -> None:
         self.content = content
         self.records = find_records(content)
         pickled = self._read("data.pkl")
@@ -114,7 +132,9 @@ class _Chunk:
         return self.records[name].read(self.content)
 
     def bytes_of(self, record: Record) -> Tensor:
-        """A record as a view."""
+        """A record as a view, or without memory where there are only the ends."""
+        if isinstance(self.content, Ends):
+            return torch.empty(record.length, dtype=torch.uint8, device="meta")
         if not record.length:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         start = record.start(self.content)

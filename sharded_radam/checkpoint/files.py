@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar, cast
@@ -18,13 +18,17 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.decode import decode, decode_tensor
+from sharded_radam.checkpoint.decode import decode, decode_tensor, locate_tensor
 from sharded_radam.checkpoint.errors import DamagedError
+from sharded_radam.checkpoint.records import Ends
+from sharded_radam.memory import as_bytes, is_dense
 
 T = TypeVar("T")
 
 _MOST_OPEN = 4
 _READ_BYTES = 2**20
+_END_BYTES = 4096
+_LEAST_DIRECT = 16 * _END_BYTES
 _WRITE_BACK_BYTES = 8 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -121,6 +125,10 @@ class DataFile:
         """For torch.save; the file is flushed at its end."""
 
 
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.dtype, tensor.shape, tensor.stride())
+
+
 class DataFiles:
     """The files of one checkpoint, opened when they are read, and a few of them at a time; a context manager."""
 
@@ -138,12 +146,10 @@ class DataFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def prefetch(self, extents: Sequence[Extent]) -> None:
+    def prefetch(self, extent: Extent) -> None:
         """Let the disk read what will be asked for next."""
         if hasattr(os, "posix_fadvise"):
-            for extent in extents:
-                descriptor = self._open(extent.file)
-                os.posix_fadvise(descriptor, extent.start, extent.length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._open(extent.file), extent.start, extent.length, os.POSIX_FADV_WILLNEED)
 
     def read(self, extent: Extent, what: str) -> memoryview:
         """The bytes of an extent, until the next one is read.
@@ -151,32 +157,71 @@ class DataFiles:
         Raises:
             DamagedError: they are not those that were saved.
         """
-        descriptor, crc32, at = self._open(extent.file), 0, 0
-        if extent.start + extent.length > (size := os.fstat(descriptor).st_size):
-            raise DamagedError(
-                f"{self._folder / extent.file}, {what}: the file ends at byte {size}, expected "
-                f"{extent.start + extent.length} or more"
-            )
+        self._check_length(extent, what)
         if len(self._buffer) < extent.length:
             self._buffer = bytearray(extent.length)  # beside what views of the old one still need
         content = memoryview(self._buffer)[: extent.length]
-        while at < extent.length:
-            part = content[at : at + _READ_BYTES]
-            count = os.preadv(descriptor, [part], extent.start + at)
+        self._check(extent, what, self._read(extent, what, 0, content, 0))
+        return content
+
+    def read_into(self, extent: Extent, what: str, memory: Tensor) -> bool:
+        """Read a chunk's tensor straight into memory of the same dtype, shape and strides, dense and on CPU.
+
+        Returns:
+            False if the chunk has no such tensor, or is small: nothing was changed, and ``tensor`` reads it.
+
+        Raises:
+            DamagedError: other bytes than were saved; ``memory`` has some of them.
+        """
+        if extent.length < _LEAST_DIRECT or not is_dense(memory):
+            return False
+        self._check_length(extent, what)
+        first, last = bytearray(_END_BYTES), bytearray(_END_BYTES)
+        self._read(extent, what, 0, memoryview(first), 0)
+        self._read(extent, what, extent.length - _END_BYTES, memoryview(last), 0)
+        found = locate_tensor(Ends(bytes(first), bytes(last), extent.length))
+        if found is None or _layout(found[0]) != _layout(memory):
+            return False
+        begin = found[1]
+        after = extent.length - (begin + memory.nbytes)
+        if not (0 <= begin <= _END_BYTES and 0 <= after <= _END_BYTES):
+            return False
+        crc32 = zlib.crc32(memoryview(first)[:begin])
+        crc32 = self._read(extent, what, begin, as_bytes(memory), crc32)
+        self._check(extent, what, zlib.crc32(memoryview(last)[_END_BYTES - after :], crc32))
+        return True
+
+    def _check_length(self, extent: Extent, what: str) -> None:
+        size = os.fstat(self._open(extent.file)).st_size
+        if extent.start + extent.length > size:
+            raise self._short(extent, what, size)
+
+    def _short(self, extent: Extent, what: str, size: int) -> DamagedError:
+        return DamagedError(
+            f"{self._folder / extent.file}, {what}: the file ends at byte {size}, expected "
+            f"{extent.start + extent.length} or more"
+        )
+
+    def _read(self, extent: Extent, what: str, begin: int, memory: memoryview, crc32: int) -> int:
+        """Fill memory from byte ``begin`` of a chunk on; the checksum that goes on from ``crc32``."""
+        descriptor, at = self._open(extent.file), 0
+        while at < len(memory):
+            part = memory[at : at + _READ_BYTES]
+            count = os.preadv(descriptor, [part], extent.start + begin + at)
             if count == 0:
-                raise DamagedError(
-                    f"{self._folder / extent.file}, {what}: the file ends at byte {extent.start + at}, expected "
-                    f"{extent.start + extent.length} or more"
-                )
+                raise self._short(extent, what, extent.start + begin + at)
             crc32 = zlib.crc32(part[:count], crc32)
             at += count
+        return crc32
+
+    def _check(self, extent: Extent, what: str, crc32: int) -> None:
+        """Compare the checksum of a chunk that was read."""
         self._progress(extent.length)
         if extent.crc32 is not None and crc32 != extent.crc32:
             raise DamagedError(
                 f"{self._folder / extent.file}, {what}: bytes {extent.start} to {extent.start + extent.length} have "
                 f"the checksum {crc32:08x}, and were saved with {extent.crc32:08x}: the file is damaged"
             )
-        return content
 
     def tensor(self, extent: Extent, what: str) -> Tensor:
         """A chunk as it was saved, on CPU; its memory is used again when the next one is read.

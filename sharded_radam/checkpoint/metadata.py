@@ -219,7 +219,7 @@ def _path(path: Any) -> tuple[str | int, ...]:
 def check_file(file: str) -> None:
     """Raise DamagedError for a name that is not one of a file in the directory of a checkpoint."""
     if not _FILE.fullmatch(file) or len(file.encode()) > 255:
-        raise DamagedError(f"it names the file {file!r:.300}, which is not in its directory")
+        raise DamagedError(f"it names the file {file!r:.100}, which is not in its directory")
 
 
 def _extent(fields: dict[str, Any]) -> Extent:

@@ -18,7 +18,7 @@ from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
 _LONGEST_NAME = 200
 _UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
 _BINGET, _LONG_BINGET, _MARK, _EMPTY_DICT = (ord(o) for o in (b"h", b"j", b"(", b"}"))
-_BININT1, _BININT, _EMPTY_TUPLE, _STOP = (ord(o) for o in (b"K", b"J", b")", b"."))
+_BININT1, _BININT, _EMPTY_TUPLE, _BINPUT, _STOP = (ord(o) for o in (b"K", b"J", b")", b"q", b"."))
 
 
 class Name(str):
@@ -93,7 +93,7 @@ class _Stack:
     def number(self, length: int) -> int:
         return int.from_bytes(self.take(length), "little")
 
-    def run(self) -> Any:
+    def run(self) -> Any:  # noqa: C901
         """Follow the opcodes to the end. The most frequent ones are here, since calls take half of the time."""
         content, values, marks, memo = self.content, self.values, self.marks, self.memo
         while True:
@@ -117,6 +117,9 @@ class _Stack:
                 self.at += 4
             elif opcode == _EMPTY_TUPLE:
                 values.append(())
+            elif opcode == _BINPUT:
+                memo[content[self.at]] = values[-1]
+                self.at += 1
             elif opcode == _STOP:
                 return values.pop()
             else:
@@ -213,7 +216,6 @@ _OPCODES: dict[int, Callable[[_Stack], Any]] = {
         pickle.REDUCE: _Stack.call,
         pickle.NEWOBJ: _Stack.call,
         pickle.BUILD: _Stack.build,
-        pickle.BINPUT: lambda s: s.remember(s.number(1)),
         pickle.LONG_BINPUT: lambda s: s.remember(s.number(4)),
         pickle.MEMOIZE: lambda s: s.remember(len(s.memo)),
         pickle.BINPERSID: _Stack.persistent,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,23 +72,39 @@ def _overlap(target: Target, offsets: Sequence[int], sizes: Sequence[int]) -> _C
 
 
 def read(index: Index, reads: Reads) -> None:
-    """Fill the targets. One chunk is in memory at a time.
+    """Fill the targets, large boxes straight from the file; of the others, one chunk is in memory at a time.
 
     Raises:
         DamagedError: a chunk is not what was saved.
     """
     with DataFiles(index.folder) as files:
-        extents = in_order(reads)
-        ahead = 0
-        for number, extent in enumerate(extents):
-            while ahead < len(extents) and sum(e.length for e in extents[number:ahead]) < _AHEAD_BYTES:
-                files.prefetch(extents[ahead : ahead + 1])
-                ahead += 1
+        for extent in _ahead(files, in_order(reads)):
             copies = reads[extent]
+            if _is_whole(index, copies) and files.read_into(extent, copies[0].key, copies[0].memory):
+                continue
             chunk = files.tensor(extent, copies[0].key)
             for copy in copies:
                 _check(chunk, copy.sizes, index.tensors[copy.key].dtype, f"{index.folder / extent.file}, {copy.key}")
                 copy.memory.copy_(chunk[copy.source])
+
+
+def _ahead(files: DataFiles, extents: Sequence[Extent]) -> Iterator[Extent]:
+    """The same, while the disk reads those that come next."""
+    num_bytes, ahead = 0, 0
+    for extent in extents:
+        while ahead < len(extents) and num_bytes < _AHEAD_BYTES:
+            files.prefetch(extents[ahead])
+            num_bytes += extents[ahead].length
+            ahead += 1
+        yield extent
+        num_bytes -= extent.length
+
+
+def _is_whole(index: Index, copies: Sequence[_Copy]) -> bool:
+    """Whether there is one place for all elements of a chunk, which takes them as they are."""
+    key, sizes, _, memory = copies[0]
+    is_alike = memory.dtype == index.tensors[key].dtype and memory.device.type == "cpu"
+    return len(copies) == 1 and is_alike and tuple(memory.shape) == sizes
 
 
 def _check(chunk: Tensor, sizes: tuple[int, ...], dtype: torch.dtype, what: str) -> None:

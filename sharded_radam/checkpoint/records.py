@@ -27,6 +27,27 @@ class Content(Protocol):
     def __getitem__(self, part: slice, /) -> Any: ...
 
 
+class Ends:
+    """The first and the last bytes of a chunk of ``length`` bytes; to ask for others is a ValueError."""
+
+    def __init__(self, first: bytes, last: bytes, length: int) -> None:
+        self.first = first
+        self.last = last
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._length)
+        before = self._length - len(self.last)
+        if stop <= len(self.first):
+            return self.first[start:stop]
+        if start < before:
+            raise ValueError("bytes between the ends")
+        return self.last[start - before : stop - before]
+
+
 class Record(NamedTuple):
     """``length`` bytes after the header at ``header``."""
 
