@@ -263,7 +263,11 @@ class ShardedRAdam(RAdam, Joinable):
         first = len(self._flats)
         for flat_plan, buffer in zip(plan.flats, buffers, strict=True):
             members = [params[slot.param] for slot in flat_plan.slots]
-            flat = Flat(flat_plan, plan.params, members, self._network.rank, self._options.as_views, buffer)
+            with (
+                torch.inference_mode(members[0].is_inference()),
+                torch.no_grad(),
+            ):  # wherever it is built, it takes steps
+                flat = Flat(flat_plan, plan.params, members, self._network.rank, self._options.as_views, buffer)
             self._flats.append(flat)
             for param, views in zip(members, flat.local_state, strict=True):
                 self.state[param] = dict(views)

@@ -202,6 +202,7 @@ def read_entry(
     return Entry(float(step.item() if isinstance(step, Tensor) else step), tensors)
 
 
+@torch.inference_mode(False)
 def merge_groups(
     groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Cohort(NamedTuple):
     slots: frozenset[int]
 
 
+@torch.inference_mode(False)
 def set_counts(state: State, params: Sequence[Tensor], counts: Sequence[float], device: torch.device) -> None:
     """Set ``state[p]["step"]`` (modified in place) of parameters of one flat."""
     shared: dict[float, Tensor] = {}

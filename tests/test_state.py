@@ -499,3 +499,26 @@ def test_model_and_optimizer_files_have_no_padding() -> None:
             t.untyped_storage().nbytes() for t in torch.utils._pytree.tree_leaves(content) if isinstance(t, Tensor)
         }
         assert sizes <= {12, 4}
+
+
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["float", "tensor"])
+def test_loading_in_inference_mode(lr: float | Tensor) -> None:
+    """And building: what is made there takes steps afterwards, as RAdam's does."""
+    trained, params = make(lr=copy.deepcopy(lr))
+    train(trained, params, 1, SAVED_AT)
+    saved = copy.deepcopy(trained.state_dict())
+    loaded = make_params()
+    with torch.inference_mode():
+        optimizer = ShardedRAdam([{"params": loaded[:3]}, {"params": loaded[3:]}], lr=copy.deepcopy(lr))
+    for param, value in zip(loaded, params, strict=True):
+        param.data.copy_(value)
+    with torch.inference_mode():
+        optimizer.load_state_dict(saved)
+        whole = optimizer.consolidate_state_dict()
+    assert_equal_dicts(whole, trained.consolidate_state_dict())
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].mul_(1)  # as schedulers do
+    for of in ((trained, params), (optimizer, loaded)):
+        train(*of, SAVED_AT + 1, END)
+    assert_same(params, loaded)
