@@ -9,10 +9,11 @@ from sharded_radam.optimizer import ShardedRAdam
 
 
 class GradScaler(torch.amp.GradScaler):
-    """``torch.amp.GradScaler`` that also finds the gradients of ``ShardedRAdam(shard_gradients=True)``.
+    """``torch.amp.GradScaler`` for ranks that may have no gradient at all in a step.
 
-    These are not in ``param.grad``. They are unscaled in their shards, and an inf or nan of any rank is one of all
-    ranks, so all skip the step and lower the scale together. For other optimizers it is torch's.
+    With ``ShardedRAdam(shard_gradients=True)`` both unscale the shards, and an inf or nan of any rank is one of all
+    ranks, so all skip the step and lower the scale together; but torch's raises on a rank that has no gradient. For
+    other optimizers it is torch's.
     """
 
     def _unscale_grads_(

@@ -36,10 +36,14 @@ from sharded_radam.overlap import Arrivals
 from sharded_radam.overview import Stats, ownership, stats
 from sharded_radam.plan import ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+from sharded_radam.replicas import compare, facts
 from sharded_radam.steps import Cohort, count_step, set_counts
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
 
 logger = logging.getLogger("sharded_radam")
+
+_DEBUG_CHECK_STEPS = 100
+"""How often replicas are compared under TORCH_DISTRIBUTED_DEBUG."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Options:
     as_views: bool
     shard_gradients: bool
     check_gradients: bool
+    check_replicas: int
 
 
 def check_norm(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
@@ -95,11 +100,13 @@ class ShardedRAdam(RAdam, Joinable):
         transport: "native", "gloo", "shared_memory", or None to choose: native on CUDA, shared memory where all ranks
             are on CPUs of one host, otherwise gloo.
         shard_gradients: replaces DistributedDataParallel (ZeRO stage 2): gradients are averaged while backward runs,
-            each rank keeps its shards', and ``p.grad`` is released. The model is not wrapped. See ``no_sync``,
-            ``clip_grad_norm_``, ``grad_norm`` and :class:`sharded_radam.GradScaler`. Between two steps all ranks run
+            each rank keeps its shards', and ``p.grad`` becomes a :class:`~sharded_radam.grad_shard.GradShard`. The
+            model is not wrapped. See ``no_sync``, ``clip_grad_norm_``, ``full_grad``, ``map_grads_``. Between two steps all ranks run
             the same number of backward passes, and each of them reaches one parameter that the others reach too.
         check_gradients: with ``shard_gradients``, log local gradients that are not finite before they are reduced, with
             rank and name, and raise on all ranks before the update. Reads every gradient once more.
+        check_replicas: compare what must be equal on all ranks (see the method of this name) every so many steps. With
+            0, only at the first step, or every 100 steps under ``TORCH_DISTRIBUTED_DEBUG=INFO`` or ``DETAIL``.
         share_parameters: one copy of the parameters for all ranks of a host (shared memory only). Nobody but this
             optimizer may write to them while training goes on, and a step waits until every rank has come to it.
             What one rank writes, all see: load weights on all ranks, then let them meet (``dist.barrier()``).
@@ -136,12 +143,15 @@ class ShardedRAdam(RAdam, Joinable):
         transport: str | None = None,
         shard_gradients: bool = False,
         check_gradients: bool = False,
+        check_replicas: int = 0,
         share_parameters: bool = False,
         module: nn.Module | None = None,
     ) -> None:
         Joinable.__init__(self)
         as_views = parameters_as_bucket_view and not differentiable
-        self._options = Options(fused, bucket_cap_mb, as_views, shard_gradients, check_gradients)
+        if not check_replicas and os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() in ("INFO", "DETAIL"):
+            check_replicas = _DEBUG_CHECK_STEPS
+        self._options = Options(fused, bucket_cap_mb, as_views, shard_gradients, check_gradients, check_replicas)
         self._broadcasts = shard_gradients or share_parameters
         self._flats: list[Flat] = []
         self._gradients: ShardedGradients | None = None
@@ -156,6 +166,8 @@ class ShardedRAdam(RAdam, Joinable):
             nonlocal choice
             if not 0 < bucket_cap_mb < math.inf:
                 raise ValueError(f"bucket_cap_mb={bucket_cap_mb}: expected a size in MiB, above 0 and finite")
+            if not isinstance(check_replicas, int) or check_replicas < 0:
+                raise ValueError(f"check_replicas={check_replicas}: expected a number of steps, or 0")
             if (check_gradients or module is not None) and not shard_gradients:
                 raise ValueError("check_gradients=True and module= are for shard_gradients=True")
             if share_parameters and not parameters_as_bucket_view:
@@ -180,6 +192,7 @@ class ShardedRAdam(RAdam, Joinable):
                 "transport": transport,
                 "shard_gradients": bool(shard_gradients),
                 "check_gradients": bool(check_gradients),
+                "check_replicas": check_replicas,
                 "share_parameters": bool(share_parameters),
                 "module": None if module is None else "a model",
             }
@@ -387,6 +400,8 @@ class ShardedRAdam(RAdam, Joinable):
             present = [[param.grad is not None for param in flat.params] for flat in self._flats]
         else:
             present = self._gradients.finish()
+        if self._checks_replicas_now():
+            self.check_replicas()
         for flat, slots in zip(self._flats, elsewhere, strict=True):
             flat.take_back(slots)
             self._take_back_state(flat)
@@ -395,6 +410,25 @@ class ShardedRAdam(RAdam, Joinable):
             count_step(self.state, flat.params, has_grad, self._group(flat)["capturable"])
             for flat, has_grad in zip(self._flats, present, strict=True)
         ]
+
+    def _checks_replicas_now(self) -> bool:
+        every = self._options.check_replicas
+        is_due = self._steps == 0 if every == 0 else self._steps % every == 0
+        return is_due and (every > 0 or not self.defaults["capturable"])
+
+    @torch.no_grad()
+    def check_replicas(self) -> None:
+        """Collective: compare hyperparameters, step counts and parameters of all ranks, to the bit.
+
+        The first step does it by itself, unless ``capturable``, since it waits for the device; see ``check_replicas=``.
+
+        Raises:
+            RuntimeError: on every rank; names the first difference, the ranks, and both values.
+        """
+        self._wait_for_parameters()
+        if self._network.world_size > 1:
+            names = {p: spec.name for flat in self._flats for p, spec in zip(flat.params, flat.specs, strict=True)}
+            compare(facts(self.param_groups, self.state, names), self._network)
 
     def _update_and_gather(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
         """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
