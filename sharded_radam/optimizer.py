@@ -101,8 +101,9 @@ class ShardedRAdam(RAdam, Joinable):
             are on CPUs of one host, otherwise gloo.
         shard_gradients: replaces DistributedDataParallel (ZeRO stage 2): gradients are averaged while backward runs,
             each rank keeps its shards', and ``p.grad`` becomes a :class:`~sharded_radam.grad_shard.GradShard`. The
-            model is not wrapped. See ``no_sync``, ``clip_grad_norm_``, ``full_grad``, ``map_grads_``. Between two steps all ranks run
-            the same number of backward passes, and each of them reaches one parameter that the others reach too.
+            model is not wrapped. See ``no_sync``, ``clip_grad_norm_``, ``full_grad``, ``map_grads_``. Between two steps
+            all ranks run the same number of backward passes, and each of them reaches one parameter that the others
+            reach too.
         check_gradients: with ``shard_gradients``, log local gradients that are not finite before they are reduced, with
             rank and name, and raise on all ranks before the update. Reads every gradient once more.
         check_replicas: compare what must be equal on all ranks (see the method of this name) every so many steps. With
