@@ -39,6 +39,7 @@ from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_up
 from sharded_radam.replicas import compare, facts
 from sharded_radam.steps import Cohort, count_step, set_counts
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
+from sharded_radam.values import copied, without_numpy
 
 logger = logging.getLogger("sharded_radam")
 
@@ -683,6 +684,9 @@ class ShardedRAdam(RAdam, Joinable):
         Returns:
             The dict on rank ``to``, None elsewhere. Until the next step (or the next loading, or a new param group),
             ``state_dict()`` on rank ``to`` returns the same state.
+
+        Raises:
+            ValueError: a group or the state has something that cannot be saved; before anything is sent.
         """
         if not 0 <= to < self._network.world_size:
             raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
@@ -697,13 +701,17 @@ class ShardedRAdam(RAdam, Joinable):
     def _gather(self, to: int | None, device: torch.device | None) -> dict[Tensor, Any]:
         """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are."""
         self._wait_for_parameters()
-        found = {}
+        states.plain_groups(self.param_groups)  # raises if they cannot be saved
+        own = states.plain_state(self.state, self.param_groups)
+        found: dict[Tensor, Any] = {}
         for flat in self._flats:
             self._take_back_state(flat)
             gathered = states.gather_flat(flat, self._network, to, device or flat.buffer.device)
             for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
                 step = states.export_step(self.state[param]["step"])
                 found[param] = {"step": step.to(device or step.device), **tensors}
+        for key, value in own.items():
+            found[key] = {**found[key], **value} if key in found else value
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -761,8 +769,8 @@ class ShardedRAdam(RAdam, Joinable):
 
     def _copy(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
         """The same, of which nothing changes later but the tensors of ``found``."""
-        state_dict = self._as_dict({key: dict(state) for key, state in found.items()})
-        return {**state_dict, "param_groups": deepcopy(state_dict["param_groups"])}
+        copies = {key: dict(state) if isinstance(state, dict) else state for key, state in found.items()}
+        return {**self._as_dict(copies), "param_groups": states.plain_groups(self.param_groups)}
 
     def _with_hooks(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -778,7 +786,7 @@ class ShardedRAdam(RAdam, Joinable):
         for flat in self._flats:
             for slot, param in enumerate(flat.params):
                 tensors = flat.range_tensors(slot) if self._network.world_size > 1 else {}
-                state = {**self.state[param], **tensors}
+                state = {**without_numpy(self.state[param], "state"), **tensors}
                 found[param] = {**state, "step": states.export_step(state["step"])} if "step" in state else state
         return found
 
@@ -814,6 +822,10 @@ class ShardedRAdam(RAdam, Joinable):
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
         self._check_groups(groups)
         self._load(groups, entries)
+        taken = {param for flat in self._flats for param in flat.params}
+        for key, value in states.other_state(by_param, state_dict).items():
+            if key not in taken:
+                self.state[key] = deepcopy(value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -832,9 +844,19 @@ class ShardedRAdam(RAdam, Joinable):
             for slot, (param, entry) in enumerate(zip(flat.params, flat_entries, strict=True)):
                 if entry is not None:
                     flat.set_state(slot, entry.tensors)
+                    self._load_own(param, entry.own)
                     self.state[param].update(flat.local_state[slot])
                 counts.append(float(self.state[param]["step"]) if entry is None else entry.step)
             set_counts(self.state, flat.params, counts, self._counter_device(flat))
+
+    def _load_own(self, param: Tensor, own: dict[Any, Any]) -> None:
+        """What a user keeps of a parameter; copied, unless it was loaded in place."""
+        state = self.state[param]
+        for key in states.users_own(state).keys() - own.keys():
+            del state[key]
+        for key, value in own.items():
+            if key not in state or state[key] is not value:
+                state[key] = copied(value, param.device)
 
     # Checkpoints
 

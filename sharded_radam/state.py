@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +16,24 @@ from sharded_radam.flat import Flat
 from sharded_radam.memory import unflatten
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.transport import Transport
+from sharded_radam.values import plain, without_numpy
+
+KINDS = ("step", "exp_avg", "exp_avg_sq", "master")
+"""What this optimizer keeps of a parameter; all other keys of its state are users' own."""
 
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The state of one parameter as found in a dict, after all checks; None where the dict has none."""
+    """The state of one parameter as found in a dict, after all checks; None where the dict has none.
+
+    ``own`` is what users keep there.
+    """
 
     step: float
     tensors: dict[str, Tensor] | None
+    own: dict[Any, Any] = field(default_factory=dict)
 
 
 def plain_name(name: str) -> str:
@@ -37,13 +45,49 @@ def pack_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Param groups with parameters replaced by their indices, as torch writes them."""
     index_of: dict[int, int] = {}
     packed, start = [], 0
-    for group in param_groups:
+    for number, group in enumerate(param_groups):
         for index, param in enumerate(group["params"], start):
             index_of.setdefault(id(param), index)
-        packed.append({key: value for key, value in group.items() if key != "params"})
+        options = {key: value for key, value in group.items() if key != "params"}
+        packed.append({key: without_numpy(value, f"param_groups.{number}.{key}") for key, value in options.items()})
         packed[-1]["params"] = [index_of[id(param)] for param in group["params"]]
         start += len(group["params"])
     return packed
+
+
+def users_own(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What users keep in the state of a parameter."""
+    return {key: value for key, value in state.items() if key not in KINDS}
+
+
+def plain_groups(param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Param groups as they are saved: a copy of plain values.
+
+    Raises:
+        ValueError: there is something that cannot be saved.
+    """
+    groups = enumerate(pack_groups(param_groups))
+    return [{key: _copy(v, f"param_groups.{at}.{key}") for key, v in group.items()} for at, group in groups]
+
+
+def plain_state(state: Mapping[Any, Any], param_groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
+    """What users keep in the state of an optimizer, for parameters and for other keys: a copy of plain values.
+
+    Raises:
+        ValueError: there is something that cannot be saved.
+    """
+    own = {}
+    for name, key in index_state({key: key for key in state}, param_groups).items():
+        found = state[key]
+        if not isinstance(found, dict):
+            own[key] = _copy(found, f"state.{name}")
+        elif found:
+            own[key] = {kind: _copy(value, f"state.{name}.{kind}") for kind, value in users_own(found).items()}
+    return own
+
+
+def _copy(value: Any, name: str) -> Any:
+    return deepcopy(plain(value, name))
 
 
 def export_step(step: Tensor) -> Tensor:
@@ -128,6 +172,14 @@ def saved_state(param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str,
     return {param: state.get(key, state.get(str(key))) for param, key in pairs}
 
 
+def other_state(by_param: Mapping[Tensor, Any], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """State of parameters as ``saved_state`` found it, and what a dict has for other keys, which stay as they are."""
+    known = {key for group in state_dict["param_groups"] for key in group["params"]}
+    known |= {str(key) for key in known}
+    others = {key: value for key, value in state_dict["state"].items() if key not in known}
+    return {**{param: value for param, value in by_param.items() if value}, **others}
+
+
 def check_keys(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError unless a dict has what an optimizer's state_dict() has."""
     if missing := {"state", "param_groups"} - state_dict.keys():
@@ -199,7 +251,7 @@ def read_entry(
             raise ValueError(f"loaded {key} of parameter '{name}' is {value.dtype}, and the parameter {param.dtype}")
         tensors[key] = value.detach()
     step = saved["step"]
-    return Entry(float(step.item() if isinstance(step, Tensor) else step), tensors)
+    return Entry(float(step.item() if isinstance(step, Tensor) else step), tensors, users_own(saved))
 
 
 @torch.inference_mode(False)

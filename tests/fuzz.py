@@ -40,8 +40,8 @@ from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.metadata import Box, SavedTensor
 from sharded_radam.checkpoint.packing import pack
 from sharded_radam.checkpoint.reading import read_value
-from sharded_radam.checkpoint.tools import _equal
 from sharded_radam.checkpoint.verification import verify
+from sharded_radam.values import equal
 
 SECONDS = 20
 """Of the processor, for one case; all take a few milliseconds."""
@@ -402,7 +402,7 @@ def outcome(case: Case, folder: Path) -> str:
         assert case.values is not None
         assert found.keys() == case.values.keys(), "other names"
         for key, value in found.items():
-            assert _equal(value, case.values[key]), f"{key}: {value!r:.200}"
+            assert equal(value, case.values[key]), f"{key}: {value!r:.200}"
     return what
 
 

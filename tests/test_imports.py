@@ -43,7 +43,8 @@ ALLOWED = {
     "steps": set(),
     "replicas": {"transport"},
     "layout": {"meeting", "plan", "memory", "flat", "transport"},
-    "state": {"memory", "flat", "ranges", "transport"},
+    "state": {"memory", "flat", "ranges", "transport", "values"},
+    "values": set(),
     "differentiable": {"memory", "flat", "radam", "transport"},
     "join": {"memory", "transport"},
     "checkpoint.board": set(),
@@ -62,7 +63,8 @@ ALLOWED = {
     "checkpoint.index": {f"checkpoint.{name}" for name in ("errors", "files", "metadata", "packing")},
     "checkpoint.verification": {f"checkpoint.{name}" for name in ("errors", "files", "index", "metadata")},
     "checkpoint.reading": {f"checkpoint.{name}" for name in ("errors", "files", "index", "metadata", "verification")},
-    "checkpoint.contents": {"memory", "ranges"},
+    "checkpoint.nesting": {f"checkpoint.{name}" for name in ("errors", "files", "index", "reading")},
+    "checkpoint.contents": {"checkpoint.nesting", "memory", "ranges", "values"},
     "checkpoint.saving": {
         f"checkpoint.{name}"
         for name in ("agreement", "contents", "directory", "files", "index", "metadata", "peers", "verification")
@@ -71,10 +73,10 @@ ALLOWED = {
     "checkpoint.loading": {
         f"checkpoint.{name}" for name in ("agreement", "files", "index", "peers", "reading", "undo")
     },
-    "checkpoint.saved_optimizer": {*(f"checkpoint.{name}" for name in ("files", "index", "reading")), "state"},
+    "checkpoint.saved_optimizer": {*(f"checkpoint.{n}" for n in ("files", "index", "nesting")), "state", "values"},
     "checkpoint.optimizer_part": {
-        *(f"checkpoint.{name}" for name in ("files", "index", "reading", "saved_optimizer")),
-        *("flat", "ranges", "state"),
+        *(f"checkpoint.{name}" for name in ("contents", "files", "index", "nesting", "reading", "saved_optimizer")),
+        *("flat", "ranges", "state", "values"),
     },
     "checkpoint.single": {
         f"checkpoint.{name}"
@@ -98,16 +100,16 @@ ALLOWED = {
             "join",
             "transport",
         ),
-        *("gradients", "overlap", "overview"),
+        *("gradients", "overlap", "overview", "values"),
         *(f"checkpoint.{name}" for name in ("optimizer_part", "peers", "saving", "single")),
     },
     "checkpoint.model_part": {
-        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading")),
+        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "nesting", "optimizer_part", "reading")),
         "state",
     },
     "checkpoint.other_optimizer": {
-        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "optimizer_part", "reading", "saved_optimizer")),
-        *("checkpoint.undo", "state"),
+        *(f"checkpoint.{n}" for n in ("contents", "files", "index", "nesting", "optimizer_part", "reading")),
+        *("checkpoint.saved_optimizer", "checkpoint.undo", "state", "values"),
     },
     "checkpoint.training": {
         *(f"checkpoint.{n}" for n in ("contents", "files", "index", "model_part", "optimizer_part")),
@@ -121,8 +123,9 @@ ALLOWED = {
     },
     "checkpoint": {f"checkpoint.{name}" for name in ("agreement", "manager", "optimizer_part", "saving", "training")},
     "checkpoint.tools": {
-        *("checkpoint.directory", "checkpoint.files", "checkpoint.index", "checkpoint.peers"),
-        *("checkpoint.reading", "checkpoint.saved_optimizer", "checkpoint.saving", "checkpoint.verification"),
+        *("checkpoint.directory", "checkpoint.files", "checkpoint.index", "checkpoint.nesting", "checkpoint.peers"),
+        *("checkpoint.reading", "checkpoint.saved_optimizer", "checkpoint.saving"),
+        *("checkpoint.verification", "values"),
     },
     "planning": set(),
     "planning.estimate": {"checkpoint.contents", "flat", "plan", "radam", "ranges", "transport"},

@@ -7,8 +7,8 @@ together are cut into ``world_size`` equal parts, one a rank::
     written  |-- rank 0 --|--- rank 1 --|--- rank 2
 
 Where the cuts are follows from shapes and dtypes, which are compared between ranks, and never from values, which may
-differ. What may differ, rank 0 writes: buffers, as under DistributedDataParallel, and scalars such as step counters,
-each value once.
+differ. What may differ, rank 0 writes: buffers, as under DistributedDataParallel, extra state, options of groups, what
+users keep for themselves, and scalars such as step counters, each value once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,18 +24,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sharded_radam.checkpoint.nesting import Path, flatten, parts
 from sharded_radam.memory import dim_order, is_dense, large_pages
 from sharded_radam.ranges import RangeTensor
+from sharded_radam.values import is_dense_tensor, plain
 
 CHUNK_BYTES = 64 * 2**20
 """Largest chunk that is written; so much may be read at once."""
 
-Paths = dict[str, tuple[str | int, ...]]
-
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A value that is kept in one piece, so that it comes back with its types: dicts with numbers as keys, tuples."""
+    """A plain value that is kept in one piece; rank 0's is saved."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class OfRank0:
+    """A tensor or a plain value that may differ between ranks, in anything: rank 0's is saved.
+
+    In parts, where torch's nesting of names brings it back as it was, so that torch can load it; else in one piece.
+    """
 
     value: Any
 
@@ -50,73 +60,86 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """One rank's part: what it writes, and what there is altogether, which is alike on all ranks.
+    """One rank's part: what it writes, and on rank 0, which commits, what there is altogether.
 
     ``described`` has dtype and shape of every tensor; ``parts`` and ``objects`` are for this rank to write; keys of
-    ``aliases`` have the same value as the part of another key, on rank 0, which writes them.
+    ``aliases`` have the same value as the part of another key; ``outline`` is what must be alike on all ranks.
     """
 
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    paths: Paths
+    paths: dict[str, Path]
     parts: list[Part]
     objects: dict[str, Any]
     aliases: dict[str, str]
+    outline: str
 
     def digest(self) -> str:
         """Equal on two ranks if they save the same things."""
-        return hashlib.sha256(repr((sorted(self.described.items()), sorted(self.paths))).encode()).hexdigest()
+        return hashlib.sha256(self.outline.encode()).hexdigest()
 
 
-def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], Paths]:
-    """Nested dicts and lists -> names with dots, and the keys that each is made of; as torch's checkpoints have it."""
-    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-
-    flat, paths = flatten_state_dict(dict(nested))
-    return flat, paths
-
-
-def contents(
-    nested: Mapping[str, Any],
-    own: Mapping[str, Any],
-    rank: int,
-    world_size: int,
-    of_rank_0: Collection[tuple[str, ...]] = (),
-) -> Contents:
+def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> Contents:
     """What a rank writes.
 
     Args:
-        nested: values of all ranks: tensors and others are alike on them, range tensors each have their own part.
+        nested: values of all ranks: tensors are alike on them, range tensors each have their own part, and what is
+            neither, or ``OfRank0``, is saved as rank 0 has it.
         own: values of this rank only; each becomes ``<name>.<rank>``.
-        of_rank_0: the first keys of what may differ between ranks in ``nested``: rank 0's is saved.
         rank: of the group.
         world_size: of the group.
+
+    Raises:
+        ValueError: a value cannot be saved; on whichever rank has it.
     """
     flat, paths = flatten(nested)
     tensors = {key: value.detach() for key, value in flat.items() if isinstance(value, Tensor)}
-    described = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
-    objects: dict[str, Any] = {}
-    if rank == 0:
-        objects = {
-            key: value.value if isinstance(value, Opaque) else value
-            for key, value in flat.items()
-            if key not in tensors
-        }
-    objects |= {f"{name}.{rank}": value for name, value in own.items()}
+    outline = repr((sorted((key, value.dtype, tuple(value.shape)) for key, value in tensors.items()), sorted(flat)))
+    objects, whole = _of_rank_0(flat, paths)
+    if rank != 0:
+        objects, whole = {}, {}
+    objects |= {f"{name}.{rank}": plain(value, name) for name, value in own.items()}
     scalars = {key: value for key, value in tensors.items() if _is_scalar(value)}
-    whole = {*scalars, *(key for key in tensors if _begins_with(paths[key], of_rank_0))}
-    aliases = _aliases(scalars) if rank == 0 else {}
+    whole |= scalars
+    aliases = _aliases({key: value for key, value in whole.items() if _is_scalar(value)}) if rank == 0 else {}
     replicated = {
         key: _as_ranges(value)
         for key, value in tensors.items()
-        if not isinstance(value, RangeTensor) and key not in whole
+        if not isinstance(value, RangeTensor) and key not in scalars
     }
-    parts = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
+    written = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
     for key, value in tensors.items():
         if isinstance(value, RangeTensor):
-            parts += _parts(key, value, rank)
-        elif rank == 0 and key in whole and key not in aliases:
-            parts += _parts(key, _as_ranges(value), rank)
-    return Contents(described, paths, parts, objects, aliases)
+            written += _parts(key, value, rank)
+    for key, value in whole.items():
+        if rank == 0 and key not in aliases:
+            written += _parts(key, _as_ranges(value), rank)
+    described = {key: (value.dtype, tuple(value.shape)) for key, value in {**tensors, **whole}.items()}
+    return Contents(described, paths, written, objects, aliases, outline)
+
+
+def _of_rank_0(flat: Mapping[str, Any], paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Values that rank 0 writes, and tensors that it writes whole, by their names, which are added to ``paths``."""
+    objects: dict[str, Any] = {}
+    whole: dict[str, Tensor] = {}
+    for key, value in flat.items():
+        if isinstance(value, Tensor):
+            continue
+        if not isinstance(value, OfRank0):
+            objects[key] = plain(value.value if isinstance(value, Opaque) else value, key)
+            continue
+        outer = paths.pop(key)
+        # A buffer may be large: it is copied as what all ranks have is.
+        found = value.value.detach() if is_dense_tensor(value.value) else plain(value.value, key)
+        for inner, leaf in parts(found).items():
+            name = ".".join(map(str, (key, *inner)))
+            if name in paths:
+                raise ValueError(f"two values are called {name}: rename one of them")
+            paths[name] = (*outer, *inner)
+            if isinstance(leaf, Tensor):
+                whole[name] = leaf
+            else:
+                objects[name] = leaf
+    return objects, whole
 
 
 class Staging:
@@ -151,10 +174,6 @@ class Staging:
             self._memory = None
 
 
-def _begins_with(path: tuple[str | int, ...], beginnings: Collection[tuple[str, ...]]) -> bool:
-    return any(path[:length] in beginnings for length in range(1, len(path) + 1))
-
-
 def _is_scalar(value: Tensor) -> bool:
     return value.dim() == 0 and not isinstance(value, RangeTensor) and value.device.type == "cpu"
 
@@ -164,7 +183,7 @@ def _aliases(scalars: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     found = {}
     for key, value in scalars.items():
-        original = first.setdefault((value.dtype, value.item()), key)
+        original = first.setdefault((value.dtype, bytes(value.reshape(1).view(torch.uint8).tolist())), key)
         if original != key:
             found[key] = original
     return found

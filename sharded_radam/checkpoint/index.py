@@ -37,7 +37,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """All of a checkpoint but its data. ``paths`` are the keys that nest each name, as torch keeps them."""
+    """All of a checkpoint but its data. ``paths`` are the keys that nest each name, as torch keeps them, if it has."""
 
     folder: Path
     tensors: dict[str, SavedTensor]
@@ -106,9 +106,7 @@ def read_index(folder: Path) -> Index:
     except ValueError as error:  # one of ours: DamagedError, ForbiddenError
         raise type(error)(f"{folder / METADATA}: {error}") from error
     tensors, objects, paths = _with_checksums(folder, found, manifest)
-    if not paths:
-        paths = {key: tuple(key.split(".")) for key in [*tensors, *objects]}
-    return Index(folder, tensors, objects, paths, manifest, digest)
+    return Index(folder, tensors, objects, paths or {}, manifest, digest)
 
 
 def _no_checkpoint(folder: Path) -> str:

@@ -117,13 +117,13 @@ class CheckpointManager:
         self.wait()
 
         def collect() -> Saved:
-            nested, of_rank_0 = Training.of(model, optimizer, scheduler).content()
+            nested = Training.of(model, optimizer, scheduler).content()
             if user is not None:
                 nested["user"] = Opaque(user)
             own = {"rng": random_states()}
             if data is not None:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
-            return Saved(nested, own, {"step": directory.check_step(step)}, of_rank_0)
+            return Saved(nested, own, {"step": directory.check_step(step)})
 
         final = directory.step_path(self.folder, step)
         save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging, "*")

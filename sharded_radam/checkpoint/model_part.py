@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sharded_radam.checkpoint.contents import flatten
+from sharded_radam.checkpoint.contents import OfRank0
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.nesting import Names, path_from, read_nested
 from sharded_radam.checkpoint.optimizer_part import list_differences, some
-from sharded_radam.checkpoint.reading import Target, read_value
+from sharded_radam.checkpoint.reading import Target
 from sharded_radam.state import plain_name
 
 
 def model_content(model: nn.Module) -> dict[str, Any]:
-    """Live tensors by name; names have no prefix of DistributedDataParallel, torch.compile or checkpointing.
+    """Live tensors by name, and buffers and extra state, which each rank has for itself, as rank 0's.
+
+    Names have no prefix of DistributedDataParallel, torch.compile or checkpointing.
 
     Raises:
         ValueError: the model is itself sharded.
     """
+    params = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value if name in params else OfRank0(value) for name, value in _state(model).items()}
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    content = dict(get_model_state_dict(model))
-    sharded = [name for name, value in content.items() if is_traceable_wrapper_subclass(value)]
+    state = dict(get_model_state_dict(model))
+    sharded = [name for name, value in state.items() if is_traceable_wrapper_subclass(value)]
     if sharded:
         raise ValueError(f"{some(sharded)}: sharded tensors; expected a model that every rank has as a whole")
-    return content
+    return state
 
 
-def may_differ(model: nn.Module, content: Mapping[str, Any]) -> set[str]:
-    """Names of what a model's content has beside parameters: buffers, extra state, which each rank has for itself."""
-    params = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {*(content.keys() - params)}
+def _is_value(name: str, value: Any) -> bool:
+    """Whether something of a model comes back as it was saved, whatever its shape: extra state, for one."""
+    return not isinstance(value, Tensor) or name.rpartition(".")[2] == "_extra_state"
 
 
 def model_targets(
@@ -46,31 +53,52 @@ def model_targets(
     Raises:
         ValueError: names or shapes differ, and ``strict``.
     """
-    flat, paths = flatten({key: model_content(model)})
-    saved = {name for name in [*index.tensors, *index.objects] if name.startswith(f"{key}.")}
-    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    shapes = {key: index.tensors[key].shape for key in tensors.keys() & index.tensors.keys()}
-    mismatched = [
-        f"{key} (shape {shape} in the checkpoint, expected {tuple(tensors[key].shape)})"
-        for key, shape in sorted(shapes.items())
-        if shape != tuple(tensors[key].shape)
-    ]
-    found = list_differences(sorted(flat.keys() - saved), sorted(saved - flat.keys()), mismatched)
+    state = _state(model)
+    saved = _saved(index, f"{key}.", {name for name, value in state.items() if _is_value(name, value)})
+    tensors = {name: value for name, value in state.items() if name in saved and not _is_value(name, value)}
+    problems = {name: _problem(index, saved[name], value) for name, value in tensors.items()}
+    mismatched = [f"{key}.{name} ({problem})" for name, problem in sorted(problems.items()) if problem]
+    missing = sorted(f"{key}.{name}" for name in state.keys() - saved.keys())
+    unexpected = sorted(saved_as for name in saved.keys() - state.keys() for saved_as in saved[name].values())
+    found = list_differences(missing, unexpected, mismatched)
     if strict and found:
         raise ValueError(f"{'; '.join(found)}. Expected the model that was saved; strict=False loads what fits")
     staged: dict[str, Any] = {
-        key: torch.empty(tensors[key].shape, dtype=tensors[key].dtype)
-        for key, shape in shapes.items()
-        if shape == tuple(tensors[key].shape)
+        name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items() if not problems[name]
     }
-    targets = [Target(key, (0,) * memory.dim(), memory) for key, memory in staged.items()]
-    staged |= {key: read_value(index, key, files) for key in flat if key in index.objects}
+    targets = [Target(saved[name][()], (0,) * memory.dim(), memory) for name, memory in staged.items()]
+    staged |= {
+        name: read_nested(index, saved[name], files)
+        for name, value in state.items()
+        if name in saved and _is_value(name, value)
+    }
 
     def apply() -> None:
-        from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        content = unflatten_state_dict(staged, paths).get(key, {})
-        set_model_state_dict(model, content, options=StateDictOptions(strict=strict))
+        set_model_state_dict(model, staged, options=StateDictOptions(strict=strict))
 
     return targets, apply
+
+
+def _saved(index: Index, prefix: str, values: Collection[str]) -> dict[str, Names]:
+    """What is saved below a prefix: names of a model -> keys, several for parts of one of the ``values``."""
+    found: dict[str, Names] = {}
+    for key in [*index.tensors, *index.objects]:
+        if key.startswith(prefix):
+            name = _owner(key.removeprefix(prefix), values)
+            found.setdefault(name, {})[path_from(index, key, len(prefix) + len(name) + 1)] = key
+    return found
+
+
+def _owner(name: str, values: Collection[str]) -> str:
+    ends = [at for at, character in enumerate(name) if character == "."]
+    return next((name[:end] for end in ends if name[:end] in values), name)
+
+
+def _problem(index: Index, names: Names, value: Tensor) -> str | None:
+    """Why what was saved does not fit a tensor."""
+    if [*names] != [()] or names[()] not in index.tensors:
+        return "no tensor in the checkpoint"
+    shape = index.tensors[names[()]].shape
+    return None if shape == value.shape else f"shape {shape} in the checkpoint, expected {tuple(value.shape)}"

@@ -6,14 +6,17 @@ All is matched by the parameters' names, or by their position where neither side
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sharded_radam.checkpoint.contents import OfRank0
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.nesting import Names, read_nested
 from sharded_radam.checkpoint.reading import Target, read_value
 from sharded_radam.checkpoint.saved_optimizer import (
     SavedOptimizer,
@@ -23,7 +26,8 @@ from sharded_radam.checkpoint.saved_optimizer import (
 )
 from sharded_radam.flat import Flat
 from sharded_radam.ranges import RangeTensor
-from sharded_radam.state import Entry, export_step, pack_groups, plain_name
+from sharded_radam.state import Entry, export_step, pack_groups, plain_name, users_own
+from sharded_radam.values import is_dense_tensor
 
 _SHOWN = 10
 
@@ -77,12 +81,12 @@ def some(names: Sequence[str]) -> str:
 
 
 class _Match(NamedTuple):
-    """A slot of flat number ``flat``, and what the checkpoint has for it: kinds -> keys, None if it is not there."""
+    """A slot of flat number ``flat``, and what the checkpoint has for it: kinds -> names, None if it is not there."""
 
     flat: int
     slot: int
     name: str
-    kinds: Mapping[str, str] | None
+    kinds: Mapping[str, Names] | None
     problem: str | None
 
 
@@ -91,6 +95,7 @@ class _Loading(NamedTuple):
 
     step: Tensor
     tensors: dict[str, RangeTensor]
+    own: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +138,24 @@ class OptimizerPart:
         for flat in self.flats:
             for slot, param in enumerate(flat.params):
                 step = export_step(self.state[param]["step"]).cpu()
-                state[names[param][0]] = {"step": step, **flat.range_tensors(slot)}
-        if self._has_names():
-            for group, ours in zip(groups, self.param_groups, strict=True):
-                group["params"] = [names[param][0] for param in ours["params"]]
-        return {"state": state, "param_groups": groups}
+                state[names[param][0]] = {"step": step, **flat.range_tensors(slot), **self._users_own(param)}
+        for group, ours in zip(groups, self.param_groups, strict=True):
+            # Numbers become text, as they do as keys of the state: torch's converters find one by the other.
+            group["params"] = [names[param][0] for param in ours["params"]]
+        return {
+            "state": state,
+            "param_groups": [{key: OfRank0(value) for key, value in group.items()} for group in groups],
+        }
+
+    def _users_own(self, param: Tensor) -> dict[str, Any]:
+        """Tensors of the parameter's shape are equal on all ranks, as it is; of anything else rank 0's counts."""
+        found = users_own(self.state[param])
+        if others := [key for key in found if not isinstance(key, str)]:
+            raise ValueError(f"optimizer.state has the keys {others} for a parameter, which cannot be saved: use text")
+        return {
+            key: value if is_dense_tensor(value) and value.shape == param.shape else OfRank0(value)
+            for key, value in found.items()
+        }
 
     def step(self) -> int:
         """The largest number of steps that a parameter has taken."""
@@ -203,7 +221,7 @@ class OptimizerPart:
         """Put what was read into the optimizer; nothing in it can fail."""
         entries: list[list[Entry | None]] = [[None] * len(flat.params) for flat in self.flats]
         for (flat, slot), into in prepared.loading.items():
-            entries[flat][slot] = Entry(into.step.item(), dict(into.tensors) or None)
+            entries[flat][slot] = Entry(into.step.item(), dict(into.tensors) or None, into.own)
         self.adopt(prepared.groups, entries)
         step = max((int(into.step.item()) for into in prepared.loading.values()), default=0)
         return replace(prepared.report, step=step)
@@ -228,7 +246,11 @@ class OptimizerPart:
                 "the checkpoint has names of parameters, the optimizer has none: build it with "
                 "model.named_parameters(), or pass model="
             )
-        return self._names()
+        saved_as = {own: name for name, own in saved.called.items()}
+        return {
+            param: (*names, *(saved_as[name] for name in names if name in saved_as))
+            for param, names in self._names().items()
+        }
 
     def _match(self, index: Index, saved: SavedOptimizer, names: Mapping[Tensor, tuple[str, ...]]) -> list[_Match]:
         known, found = saved.names, []
@@ -251,10 +273,16 @@ class OptimizerPart:
             step = torch.zeros((), dtype=torch.float64)
             ranges = self.flats[match.flat].range_tensors(match.slot, staging[match.flat])
             tensors = {kind: tensor for kind, tensor in ranges.items() if kind in match.kinds}
-            loading[match.flat, match.slot] = _Loading(step, tensors)
+            own = {kind: _memory(index, names, files) for kind, names in users_own(match.kinds).items()}
+            loading[match.flat, match.slot] = _Loading(step, tensors, own)
             for kind, tensor in tensors.items():
-                targets += [Target(match.kinds[kind], offsets, view) for offsets, view in tensor.boxes().items()]
-            if (key := match.kinds.get("step")) in index.tensors:
+                targets += [Target(match.kinds[kind][()], offsets, view) for offsets, view in tensor.boxes().items()]
+            targets += [
+                Target(match.kinds[kind][()], (0,) * value.dim(), value)
+                for kind, value in own.items()
+                if match.kinds[kind].get(()) in index.tensors
+            ]
+            if (key := match.kinds.get("step", {}).get(())) in index.tensors:
                 shape = index.tensors[key].shape
                 targets.append(Target(key, (0,) * len(shape), step.view(shape)))
             elif key is not None:
@@ -278,23 +306,30 @@ class OptimizerPart:
             keys = sorted({key for other in found[1:] for key in differing_options(found[0], other)})
             if keys:
                 differing.append(f"param group {number} (it was in groups that differ in {', '.join(keys)})")
-            merged.append({**group, **(found[0] if found and not keys else {})})
+            merged.append({**group, **(deepcopy(found[0]) if found and not keys else {})})
         return merged, differing
 
 
-def _problem(index: Index, name: str, kinds: Mapping[str, str], shape: tuple[int, ...], param: Tensor) -> str | None:
+def _problem(index: Index, name: str, kinds: Mapping[str, Names], shape: tuple[int, ...], param: Tensor) -> str | None:
     """Why saved state does not fit a parameter."""
     if kinds and (absent := {"step", "exp_avg", "exp_avg_sq"} - kinds.keys()):
         return f"{name} (the checkpoint has no {', '.join(sorted(absent))})"
     for kind in ("exp_avg", "exp_avg_sq", "master"):
-        if kind in kinds and kinds[kind] not in index.tensors:
+        if kind in kinds and kinds[kind].get(()) not in index.tensors:
             return f"{name} ({kind} is no tensor in the checkpoint)"
-        found = index.tensors.get(kinds.get(kind, ""))
+        found = index.tensors.get(kinds.get(kind, {}).get((), ""))
         if found is not None and found.shape != shape:
             return f"{name} ({kind} has shape {found.shape} in the checkpoint, expected {shape})"
         if found is not None and found.dtype.is_complex != param.is_complex():
             return f"{name} ({kind} is {found.dtype} in the checkpoint, and the parameter {param.dtype})"
     return None
+
+
+def _memory(index: Index, names: Names, files: DataFiles) -> Any:
+    """What users kept: for a tensor memory to read it into, otherwise the value."""
+    if (key := names.get(())) in index.tensors:
+        return torch.empty(index.tensors[key].shape, dtype=index.tensors[key].dtype)
+    return read_nested(index, names, files)
 
 
 def _staging(flat: Flat) -> dict[str, Tensor]:

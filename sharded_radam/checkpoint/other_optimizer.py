@@ -1,7 +1,6 @@
 """Optimizers that are no ShardedRAdam: torch's own and their like, which every rank has as a whole; rank 0 writes them.
 
-They are saved under the same names as ours, so that torch.distributed.checkpoint reads them too. What of the state is a
-tensor is saved as one; everything else in one piece, so that it comes back as it was.
+They are saved under the same names as ours, so that torch.distributed.checkpoint reads them too.
 """
 
 from __future__ import annotations
@@ -15,14 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sharded_radam.checkpoint.contents import Opaque
+from sharded_radam.checkpoint.contents import OfRank0, Opaque
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.nesting import Names, read_nested
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart, expect_all
-from sharded_radam.checkpoint.reading import Target, read_value
+from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saved_optimizer import find_optimizer
 from sharded_radam.checkpoint.undo import PutBack, remember_object, reset
 from sharded_radam.state import pack_groups
+from sharded_radam.values import without_numpy
 
 _OTHER = "other"
 
@@ -62,7 +63,7 @@ class OtherPart:
         kept = [_kept({key: value for key, value in group.items() if key != "params"}) for group in groups]
         for group, packed in zip(kept, groups, strict=True):
             numbers = packed["params"]
-            group["params"] = [name_of[number] for number in numbers] if self._matcher._has_names() else numbers
+            group["params"] = OfRank0([name_of[number] for number in numbers])
         named = {name_of[key]: _kept(values) for key, values in state.items() if key in name_of}
         return {"state": named, "param_groups": kept, **({_OTHER: Opaque(found)} if found else {})}
 
@@ -142,32 +143,32 @@ class OtherPart:
 
 
 def _kept(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Tensors as they are, so that each is one in the checkpoint; others whole."""
+    """All of it is rank 0's."""
     for key, value in values.items():
-        if not isinstance(key, str) or "." in key:
-            raise TypeError(f"{key!r} in the state of an optimizer: expected texts without dots as keys")
+        if not isinstance(key, str):
+            raise TypeError(f"{key!r} in the state of an optimizer: expected texts as keys")
         if is_traceable_wrapper_subclass(value):
             raise ValueError(f"{key} of an optimizer is sharded; expected one that every rank has as a whole")
-    return {key: value if isinstance(value, Tensor) else Opaque(value) for key, value in values.items()}
+    return {key: OfRank0(without_numpy(value, key)) for key, value in values.items()}
 
 
-def _problem(index: Index, kinds: Mapping[str, str], present: Mapping[str, Any]) -> str | None:
+def _problem(index: Index, kinds: Mapping[str, Names], present: Mapping[str, Any]) -> str | None:
     """Why saved state does not fit the state that there is."""
-    for kind, key in kinds.items():
-        ours, theirs = present.get(kind), index.tensors.get(key)
+    for kind, names in kinds.items():
+        ours, theirs = present.get(kind), index.tensors.get(names.get((), ""))
         if isinstance(ours, Tensor) and theirs is not None and theirs.shape != tuple(ours.shape):
             return f"{kind} has shape {theirs.shape} in the checkpoint, expected {tuple(ours.shape)}"
     return None
 
 
 def _memory(
-    index: Index, kinds: Mapping[str, str], param: Tensor, files: DataFiles, targets: list[Target]
+    index: Index, kinds: Mapping[str, Names], param: Tensor, files: DataFiles, targets: list[Target]
 ) -> dict[str, Any]:
     """State of a parameter, of which the tensors are still to be read: they are added to ``targets``."""
     values: dict[str, Any] = {}
-    for kind, key in kinds.items():
-        if key not in index.tensors:
-            values[kind] = read_value(index, key, files)
+    for kind, names in kinds.items():
+        if (key := names.get((), "")) not in index.tensors:
+            values[kind] = read_nested(index, names, files)
             continue
         saved = index.tensors[key]
         is_like = saved.shape == tuple(param.shape)  # then with its strides

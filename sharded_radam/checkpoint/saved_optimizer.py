@@ -6,25 +6,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.reading import read_value
+from sharded_radam.checkpoint.nesting import Names, Path, below, read_nested
 from sharded_radam.state import plain_name
+from sharded_radam.values import equal
 
 
 @dataclass(frozen=True, slots=True)
 class SavedOptimizer:
     """Names of parameters, and the keys of what was saved of them.
 
-    ``state``: kind (``exp_avg`` ...) -> key, for each parameter that has taken a step. ``groups``: option -> key, for
+    ``state``: kind (``exp_avg`` ...) -> keys, for each parameter that has taken a step. ``groups``: option -> keys, for
     each param group. ``members``: the parameters of each group; numbers where the optimizer had no names.
+    ``called``: the names that the optimizer had for parameters that were saved under a model's.
     """
 
-    state: dict[str, dict[str, str]]
-    groups: list[dict[str, str]]
+    state: dict[str, dict[str, Names]]
+    groups: list[dict[str, Names]]
     members: list[list[str]]
+    called: dict[str, str]
 
     @property
     def names(self) -> set[str]:
@@ -44,30 +45,29 @@ def find_optimizer(index: Index, files: DataFiles, prefix: str | None) -> SavedO
     """
     keys = [*index.tensors, *index.objects]
     prefix = _only_prefix(keys, index, prefix)
-    state: dict[str, dict[str, str]] = {}
-    nested: dict[int, dict[str, str]] = {}
-    flattened: dict[str, dict[str, str]] = {}
-    for key in keys:
-        if key.startswith(f"{prefix}state."):
-            name, _, kind = key.removeprefix(f"{prefix}state.").rpartition(".")
-            state.setdefault(plain_name(name), {})[kind] = key
-        elif key.startswith(f"{prefix}param_groups."):
-            rest = key.removeprefix(f"{prefix}param_groups.")
-            number, _, option = rest.partition(".")
-            if number.isdigit():
-                nested.setdefault(int(number), {})[option] = key
-            else:  # StateDictOptions(flatten_optimizer_state_dict=True): each parameter has the options of its group
-                name, _, option = rest.rpartition(".")
-                flattened.setdefault(plain_name(name), {})[option] = key
-    if flattened:
-        return SavedOptimizer(state, [*flattened.values()], [[name] for name in flattened])
-    groups = [group for _, group in sorted(nested.items())]
-    members = [_members(index, group, files) for group in groups]
-    if any("param_names" in group for group in groups):  # saved with numbers, but there are names
-        numbers = [_read_names(index, group, "params", files) for group in groups]
-        of_number = {n: m for ns, ms in zip(numbers, members, strict=True) for n, m in zip(ns, ms, strict=True)}
-        state = {of_number.get(name, name): kinds for name, kinds in state.items()}
-    return SavedOptimizer(state, groups, members)
+    state = {plain_name(str(name)): kinds for name, kinds in _tree(index, f"{prefix}state.").items()}
+    options = _tree(index, f"{prefix}param_groups.")
+    if any(not str(name).isdigit() for name in options):
+        # StateDictOptions(flatten_optimizer_state_dict=True): each parameter has the options of its group
+        return SavedOptimizer(state, [*options.values()], [[plain_name(str(name))] for name in options], {})
+    groups = [group for _, group in sorted(options.items(), key=lambda item: int(item[0]))]
+    members = [_read_names(index, group, "params", files) for group in groups]
+    listed = [_read_names(index, group, "param_names", files) for group in groups]
+    called = {name: m for ns, ms in zip(members, listed, strict=True) for name, m in zip(ns, ms, strict=False)}
+    if called and all(name.isdigit() for name in called):  # a bare state_dict() has numbers, beside names
+        return SavedOptimizer({called.get(name, name): kinds for name, kinds in state.items()}, groups, listed, {})
+    return SavedOptimizer(state, groups, members, called)
+
+
+def _tree(index: Index, prefix: str) -> dict[str | int, dict[str, Names]]:
+    """What is saved below a prefix: name of a parameter, or number of a group -> kind or option -> keys."""
+    found: dict[str | int, dict[str, dict[Path, str]]] = {}
+    for (name, *rest), key in below(index, prefix):
+        if not rest:  # it was saved under names with dots
+            name, _, kind = str(name).rpartition(".")
+            rest = [kind]
+        found.setdefault(name, {}).setdefault(str(rest[0]), {})[tuple(rest[1:])] = key
+    return found
 
 
 def _only_prefix(keys: Iterable[str], index: Index, prefix: str | None) -> str:
@@ -85,26 +85,17 @@ def _only_prefix(keys: Iterable[str], index: Index, prefix: str | None) -> str:
     return found.pop()
 
 
-def _members(index: Index, group: Mapping[str, str], files: DataFiles) -> list[str]:
-    return _read_names(index, group, "param_names" if "param_names" in group else "params", files)
-
-
-def _read_names(index: Index, group: Mapping[str, str], option: str, files: DataFiles) -> list[str]:
-    names = read_value(index, group[option], files) if option in group else []
+def _read_names(index: Index, group: Mapping[str, Names], option: str, files: DataFiles) -> list[str]:
+    names = read_nested(index, group[option], files) if option in group else []
     return [plain_name(str(name)) for name in names]
 
 
-def read_options(index: Index, group: Mapping[str, str], files: DataFiles) -> dict[str, Any]:
-    """The hyperparameters of a group."""
-    wanted = {option: key for option, key in group.items() if option not in ("params", "param_names")}
-    return {option: read_value(index, key, files) for option, key in wanted.items()}
+def read_options(index: Index, group: Mapping[str, Names], files: DataFiles) -> dict[str, Any]:
+    """The hyperparameters of a group, and what users keep there."""
+    wanted = {option: names for option, names in group.items() if option not in ("params", "param_names")}
+    return {option: read_nested(index, names, files) for option, names in wanted.items()}
 
 
 def differing_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Options in which two groups differ."""
-
-    def value(options: Mapping[str, Any], key: str) -> Any:
-        found = options.get(key)
-        return found.item() if isinstance(found, Tensor) else found
-
-    return sorted(key for key in one.keys() | other.keys() if value(one, key) != value(other, key))
+    return sorted(key for key in one.keys() | other.keys() if not equal(one.get(key), other.get(key)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,11 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest.
-
-    ``of_rank_0`` has the first keys of what may differ between ranks in ``nested``: rank 0's is saved.
-    """
+    """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest."""
 
     nested: Mapping[str, Any]
     own: Mapping[str, Any]
     info: Mapping[str, Any]
-    of_rank_0: Collection[tuple[str, ...]] = ()
 
 
 class Save:
@@ -108,7 +104,7 @@ class Save:
             self.final = Path(os.path.abspath(final))
             saved = collect()
             self._info |= saved.info
-            found = contents(saved.nested, saved.own, self._peers.rank, self._peers.world_size, saved.of_rank_0)
+            found = contents(saved.nested, saved.own, self._peers.rank, self._peers.world_size)
             self._chunks = {key: encode(value, key) for key, value in found.objects.items()}
             self._contents = replace(found, objects={})
             offer = {**saved.info, "contents": found.digest()}

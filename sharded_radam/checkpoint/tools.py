@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sharded_radam.checkpoint.directory import fsync
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
+from sharded_radam.checkpoint.nesting import Names, read_nested
 from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.reading import fill_tensor, read_tensor, read_value
 from sharded_radam.checkpoint.saved_optimizer import SavedOptimizer, differing_options, find_optimizer, read_options
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.checkpoint.verification import check_coverage
+from sharded_radam.values import equal
 
 Progress = Callable[[int], object]
 
@@ -72,11 +76,12 @@ def consolidate(index: Index, output: Path, prefix: str | None = None, progress:
         saved = find_optimizer(index, files, prefix)
         groups = _consolidated_groups(index, saved, files)
         order = [name for names in _joined_members(index, saved, files) for name in names]
-        keys = {number: saved.state[name] for number, name in enumerate(order) if name in saved.state}
+        state = {number: saved.state[name] for number, name in enumerate(order) if name in saved.state}
         unfinished = output.with_name(f".{output.name}.unfinished")
         try:
-            _write_frame(unfinished, index, keys, groups)
-            _fill(unfinished, index, keys, files)
+            _write_file(
+                unfinished, index, files, {"state": _consolidated_state(index, state, files), "param_groups": groups}
+            )
             os.rename(unfinished, output)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -107,38 +112,54 @@ def _consolidated_groups(index: Index, saved: SavedOptimizer, files: DataFiles) 
         group = read_options(index, saved.groups[at], files)
         group["params"] = list(range(start, start + len(names)))
         if not saved.is_numbered:
-            group["param_names"] = names
+            group["param_names"] = [saved.called.get(name, name) for name in names]
         groups.append(group)
         start += len(names)
     return groups
 
 
-def _write_frame(path: Path, index: Index, keys: Mapping[int, Mapping[str, str]], groups: list[dict[str, Any]]) -> None:
-    """The file with room for tensors: those of FakeTensorMode have none."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def _consolidated_state(
+    index: Index, state: Mapping[int, Mapping[str, Names]], files: DataFiles
+) -> dict[int, dict[str, Any]]:
+    def value(names: Names) -> Any:
+        key = names.get((), "")
+        return _Later(key) if key in index.tensors else read_nested(index, names, files)
 
-    with FakeTensorMode():
-        state = {
-            number: {
-                kind: torch.empty(index.tensors[key].shape, dtype=index.tensors[key].dtype)
-                for kind, key in kinds.items()
-                if key in index.tensors
-            }
-            for number, kinds in keys.items()
-        }
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({"state": state, "param_groups": groups}, path)
+    return {number: {kind: value(names) for kind, names in kinds.items()} for number, kinds in state.items()}
 
 
-def _fill(path: Path, index: Index, keys: Mapping[int, Mapping[str, str]], files: DataFiles) -> None:
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """The place of a saved tensor, which is read when there is a file to read it into."""
+
+    key: str
+
+
+def _write_file(path: Path, index: Index, files: DataFiles, content: dict[str, Any]) -> None:
+    """What torch.save would write; of tensors that are read later, one chunk is in memory at a time."""
     import mmap
 
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def room(value: Any) -> Any:
+        if isinstance(value, _Later):  # tensors of FakeTensorMode have no memory
+            return torch.empty(index.tensors[value.key].shape, dtype=index.tensors[value.key].dtype)
+        return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+    def fill(value: Any, into: Any) -> None:
+        if isinstance(value, _Later):
+            fill_tensor(into, index.tensors[value.key], value.key, files)
+        elif isinstance(value, Tensor):
+            into.copy_(value)
+
+    with FakeTensorMode():
+        frame = tree_map(room, content)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(frame, path)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        content = torch.load(path, mmap=True, weights_only=True)
-    for number, kinds in keys.items():
-        for kind, key in kinds.items():
-            if key in index.tensors:
-                fill_tensor(content["state"][number][kind], index.tensors[key], key, files)
+        written = torch.load(path, mmap=True, weights_only=True)
+    for value, into in zip(tree_leaves(content), tree_leaves(written), strict=True):
+        fill(value, into)
     fsync(path)
 
 
@@ -210,7 +231,7 @@ def differences(one: Index, other: Index, progress: Progress = _silent) -> list[
                 lines.append(f"{key}: only in {sides[0].folder}")
             elif key in one.tensors and key in other.tensors:
                 lines += _tensor_difference(key, one, other, ours, theirs)
-            elif not _equal(read_value(one, key, ours), read_value(other, key, theirs)):
+            elif not equal(read_value(one, key, ours), read_value(other, key, theirs)):
                 lines.append(f"{key}: {read_value(one, key, ours)!r} and {read_value(other, key, theirs)!r}")
     return lines
 
@@ -226,13 +247,3 @@ def _tensor_difference(key: str, one: Index, other: Index, ours: DataFiles, thei
         return []
     largest = (left[differing].to(torch.complex128) - right[differing]).abs().max().item()
     return [f"{key}: {count} of {left.numel()} elements differ, by {largest:.6g} at most"]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one == other)

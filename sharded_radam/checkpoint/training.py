@@ -18,7 +18,7 @@ from torch import nn
 from sharded_radam.checkpoint.contents import Opaque
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.model_part import may_differ, model_content, model_targets
+from sharded_radam.checkpoint.model_part import model_content, model_targets
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart, Prepared, list_differences
 from sharded_radam.checkpoint.other_optimizer import OtherPart
 from sharded_radam.checkpoint.reading import Target
@@ -80,22 +80,16 @@ class Training:
 
     # Saving
 
-    def content(self) -> tuple[dict[str, Any], set[tuple[str, ...]]]:
-        """What all ranks save, and the first keys of what may differ between them."""
+    def content(self) -> dict[str, Any]:
+        """What all ranks save."""
         nested: dict[str, Any] = {}
-        of_rank_0: set[tuple[str, ...]] = set()
         for name, model in self.models.items():
-            content = model_content(model)
-            _put(nested, ("model", *name), content)
-            of_rank_0 |= {("model", *name, key) for key in may_differ(model, content)}
+            _put(nested, ("model", *name), model_content(model))
         for name in self.optimizers:
-            part = self._part(name)
-            _put(nested, ("optim", *name), part.content())
-            if isinstance(part, OtherPart):
-                of_rank_0.add(("optim", *name))
+            _put(nested, ("optim", *name), self._part(name).content())
         for name, scheduler in self.schedulers.items():
             _put(nested, ("scheduler", *name), Opaque(scheduler.state_dict()))
-        return nested, of_rank_0
+        return nested
 
     def _part(self, name: Name) -> OptimizerPart | OtherPart:
         optimizer = self.optimizers[name]
