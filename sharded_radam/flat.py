@@ -180,9 +180,9 @@ class Flat:
             ranges = dict(tensor.pieces) if isinstance(tensor, RangeTensor) else None
             for at in self._own(slot):
                 local = self.state[name].narrow(0, at.local_start, at.numel)
-                local.copy_(
-                    flatten(tensor, order).narrow(0, at.start, at.numel) if ranges is None else ranges[at.start]
-                )
+                source = flatten(tensor, order).narrow(0, at.start, at.numel) if ranges is None else ranges[at.start]
+                if ranges is None or not source.is_set_to(local):  # it was read into its place
+                    local.copy_(source)
         self._complete_state(slot, tensors)
 
     def set_local_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:

@@ -892,7 +892,8 @@ class ShardedRAdam(RAdam, Joinable):
         """Collective: load a checkpoint directory that any number of ranks saved, by the names of parameters.
 
         Of this optimizer, or of plain or FSDP2's RAdam by torch.distributed.checkpoint. All is read and checked before
-        anything is changed; until then it takes the memory of the own shard once more, on CPU, and one chunk.
+        anything is changed; until then it takes the memory of the own shard once more, on CPU, and one chunk. Moments
+        that are zero take what is read at once, as in a new optimizer, and are zeros again if the load fails.
 
         Args:
             path: of the directory.

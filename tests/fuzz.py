@@ -414,7 +414,7 @@ def prepare() -> list[Base]:
     """Limit this process, for good."""
     found = bases()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 128 * 2**20
+    limit = pages * resource.getpagesize() + 2**30  # tracemalloc needs some of it
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     faulthandler.enable()
     signal.signal(signal.SIGPROF, on_alarm)

@@ -76,7 +76,7 @@ ALLOWED = {
     "checkpoint.saved_optimizer": {*(f"checkpoint.{n}" for n in ("files", "index", "nesting")), "state", "values"},
     "checkpoint.optimizer_part": {
         *(f"checkpoint.{name}" for name in ("contents", "files", "index", "nesting", "reading", "saved_optimizer")),
-        *("flat", "ranges", "state", "values"),
+        *("flat", "memory", "ranges", "state", "values"),
     },
     "checkpoint.single": {
         f"checkpoint.{name}"

@@ -1,8 +1,8 @@
 """Loading: nothing is changed before every rank has read and checked all that it needs.
 
 Stages, each agreed on: all ranks have matched what they want with the same checkpoint; all have read it, into memory of
-its own; objects of the user have taken it (:mod:`sharded_radam.checkpoint.undo`). Then each rank copies the rest to its
-place, where nothing can fail.
+its own, or where there were zeros, which are put back if anything fails; objects of the user have taken it
+(:mod:`sharded_radam.checkpoint.undo`). Then each rank copies the rest to its place, where nothing can fail.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index, read_index
 from sharded_radam.checkpoint.peers import Peers
-from sharded_radam.checkpoint.reading import Reads, Target, plan_reads, read
+from sharded_radam.checkpoint.reading import Reads, Target, plan_reads, put_back, read
 from sharded_radam.checkpoint.undo import Change, change_all
 
 T = TypeVar("T")
@@ -47,31 +47,36 @@ def load_checkpoint(
         CheckpointError: the same on every rank; nothing was changed.
     """
     reads: Reads = {}
+    targets: Sequence[Target] = ()
     problem: Exception | None = None
     digest = 0
     index: Index | None = None
     changes: Sequence[Change] = ()
     apply: Callable[[], T] | None = None
-    with Agreement(peers, f"loading {absolute(path)}", timeout) as agreement:
-        try:
-            folder = Path(os.path.abspath(path))
-            index = read_index(folder)
-            digest = index.digest
-            index.check_files()
-            with DataFiles(folder) as files:
-                targets, changes, apply = prepare(index, files)
-            reads = plan_reads(index, targets)
-        except Exception as error:
-            problem = error
-        agreement.decide({"checkpoint": digest}, problem, _same)
-        assert index is not None
-        assert apply is not None
-        try:
-            read(index, reads)
-        except Exception as error:
-            problem = error
-        agreement.decide(None, problem)
-        change_all(changes, agreement)
+    try:
+        with Agreement(peers, f"loading {absolute(path)}", timeout) as agreement:
+            try:
+                folder = Path(os.path.abspath(path))
+                index = read_index(folder)
+                digest = index.digest
+                index.check_files()
+                with DataFiles(folder) as files:
+                    targets, changes, apply = prepare(index, files)
+                reads = plan_reads(index, targets)
+            except Exception as error:
+                problem = error
+            agreement.decide({"checkpoint": digest}, problem, _same)
+            assert index is not None
+            assert apply is not None
+            try:
+                read(index, reads)
+            except Exception as error:
+                problem = error
+            agreement.decide(None, problem)
+            change_all(changes, agreement)
+    except BaseException:
+        put_back(targets)
+        raise
     return apply()
 
 

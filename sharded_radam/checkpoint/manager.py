@@ -194,7 +194,8 @@ class CheckpointManager:
     ) -> Restored:
         """Load the checkpoint of a step into what is given, all or nothing.
 
-        Until all ranks have read and checked it, it takes as much memory as is loaded: a model, and this rank's shards.
+        Until all ranks have read and checked it, it takes as much memory as is loaded: a model, and this rank's shards
+        (of a new optimizer, only masters: moments that are zero take what is read, and are zeros again after an error).
 
         Args:
             step: its number.

@@ -25,6 +25,7 @@ from sharded_radam.checkpoint.saved_optimizer import (
     read_options,
 )
 from sharded_radam.flat import Flat
+from sharded_radam.memory import is_zero
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.state import Entry, export_step, pack_groups, plain_name, users_own
 from sharded_radam.values import is_dense_tensor
@@ -192,7 +193,7 @@ class OptimizerPart:
     # Loading
 
     def prepare(self, index: Index, files: DataFiles, strict: bool, prefix: str | None) -> Prepared:
-        """Match names, and make memory for what is to be read: as much as the own shards, on CPU.
+        """Match names, and find memory for what is to be read: as much as the own shards on CPU, or these themselves.
 
         Raises:
             ValueError: there is no optimizer in the checkpoint; or names, shapes or groups differ, and ``strict``.
@@ -267,16 +268,18 @@ class OptimizerPart:
     ) -> tuple[list[Target], dict[tuple[int, int], _Loading]]:
         targets: list[Target] = []
         loading: dict[tuple[int, int], _Loading] = {}
-        staging = [_staging(flat) for flat in self.flats]
+        memory = [_memory_for(flat) for flat in self.flats]
         for match in matches:
             assert match.kinds is not None
             step = torch.zeros((), dtype=torch.float64)
-            ranges = self.flats[match.flat].range_tensors(match.slot, staging[match.flat])
+            ranges = self.flats[match.flat].range_tensors(match.slot, memory[match.flat])
             tensors = {kind: tensor for kind, tensor in ranges.items() if kind in match.kinds}
             own = {kind: _memory(index, names, files) for kind, names in users_own(match.kinds).items()}
             loading[match.flat, match.slot] = _Loading(step, tensors, own)
             for kind, tensor in tensors.items():
-                targets += [Target(match.kinds[kind][()], offsets, view) for offsets, view in tensor.boxes().items()]
+                is_live = memory[match.flat][kind] is self.flats[match.flat].state[kind]
+                boxes = tensor.boxes().items()
+                targets += [Target(match.kinds[kind][()], offsets, view, is_live) for offsets, view in boxes]
             targets += [
                 Target(match.kinds[kind][()], (0,) * value.dim(), value)
                 for kind, value in own.items()
@@ -332,6 +335,14 @@ def _memory(index: Index, names: Names, files: DataFiles) -> Any:
     return read_nested(index, names, files)
 
 
-def _staging(flat: Flat) -> dict[str, Tensor]:
+def _memory_for(flat: Flat) -> dict[str, Tensor]:
+    """What of the state is zero, as all moments are before the first step, takes what is read; for the rest new memory.
+
+    Zeros can be put back if another rank's load fails. And nobody but this can tell that they are there: steps, loads
+    and users write to the state in many ways.
+    """
     # Not in huge pages: they are freed again at once, and to get some where the page cache is full took 2 s a GB.
-    return {name: torch.empty(local.numel(), dtype=local.dtype) for name, local in flat.state.items()}
+    return {
+        name: local if is_zero(local) else torch.empty(local.numel(), dtype=local.dtype)
+        for name, local in flat.state.items()
+    }

@@ -19,11 +19,15 @@ _AHEAD_BYTES = 32 * 2**20
 
 
 class Target(NamedTuple):
-    """Memory for the elements at ``offsets`` of the saved tensor ``key``; as many as ``memory`` has."""
+    """Memory for the elements at ``offsets`` of the saved tensor ``key``; as many as ``memory`` has.
+
+    What ``is_live`` is in use already, and all zero, which is how it is left if the load fails: see ``put_back``.
+    """
 
     key: str
     offsets: Sequence[int]
     memory: Tensor
+    is_live: bool = False
 
 
 class _Copy(NamedTuple):
@@ -86,6 +90,13 @@ def read(index: Index, reads: Reads) -> None:
             for copy in copies:
                 _check(chunk, copy.sizes, index.tensors[copy.key].dtype, f"{index.folder / extent.file}, {copy.key}")
                 copy.memory.copy_(chunk[copy.source])
+
+
+def put_back(targets: Iterable[Target]) -> None:
+    """Let live memory be what it was, whatever of it was read."""
+    for target in targets:
+        if target.is_live:
+            target.memory.zero_()
 
 
 def _ahead(files: DataFiles, extents: Sequence[Extent]) -> Iterator[Extent]:
