@@ -833,6 +833,7 @@ class ShardedRAdam(RAdam, Joinable):
         for index, group in enumerate(groups):
             describe([group], index, bool(self._options.fused))
 
+    @torch.inference_mode(False)  # what is loaded takes steps later
     @torch.no_grad()
     def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry | None]]) -> None:
         """Take over what was checked before; parameters without an entry keep their state."""

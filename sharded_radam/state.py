@@ -147,10 +147,10 @@ def _name_and_bucket(flat: Flat) -> Iterator[tuple[str, int]]:
 
 
 def is_left_alone(param: Any, state: Any) -> bool:
-    """Whether a parameter is frozen and never took a step: RAdam has no state for it, and ours is zeros."""
-    if not isinstance(param, Tensor) or param.requires_grad:
+    """Whether a parameter is frozen, never took a step, and has nothing else: RAdam has no state for it."""
+    if not isinstance(param, Tensor) or param.requires_grad or not isinstance(state, Mapping):
         return False
-    return isinstance(state, Mapping) and "exp_avg" in state and float(state["step"]) == 0
+    return "exp_avg" in state and not users_own(state) and float(state["step"]) == 0
 
 
 def index_state(state: Mapping[Tensor, Any], param_groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:

@@ -506,19 +506,41 @@ def test_loading_in_inference_mode(lr: float | Tensor) -> None:
     """And building: what is made there takes steps afterwards, as RAdam's does."""
     trained, params = make(lr=copy.deepcopy(lr))
     train(trained, params, 1, SAVED_AT)
-    saved = copy.deepcopy(trained.state_dict())
     loaded = make_params()
     with torch.inference_mode():
+        saved = copy.deepcopy(trained.state_dict())
         optimizer = ShardedRAdam([{"params": loaded[:3]}, {"params": loaded[3:]}], lr=copy.deepcopy(lr))
     for param, value in zip(loaded, params, strict=True):
         param.data.copy_(value)
+    saved["state"][1]["mine"] = torch.ones(3)
     with torch.inference_mode():
         optimizer.load_state_dict(saved)
         whole = optimizer.consolidate_state_dict()
+    trained.state[params[1]]["mine"] = torch.ones(3)
     assert_equal_dicts(whole, trained.consolidate_state_dict())
+    optimizer.state[loaded[1]]["mine"].add_(1)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].mul_(1)  # as schedulers do
     for of in ((trained, params), (optimizer, loaded)):
         train(*of, SAVED_AT + 1, END)
     assert_same(params, loaded)
+
+
+@pytest.mark.parametrize("touch", ["nothing", "own", "stepped"])
+def test_frozen_parameters_have_entries_if_there_is_something_to_say(touch: str) -> None:
+    """As with RAdam, which has no state of parameters that never had a gradient."""
+    param, other = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = ShardedRAdam([param, other])
+    if touch == "stepped":
+        set_grads([param], 1)
+        optimizer.step()
+    if touch == "own":
+        optimizer.state[param]["mine"] = 3
+    param.requires_grad_(False)
+    for saved in (optimizer.state_dict(), optimizer.consolidate_state_dict()):
+        assert saved is not None
+        assert list(saved["state"]) == ([1] if touch == "nothing" else [0, 1])
+        optimizer.load_state_dict(saved)
+        assert optimizer.state[param]["step"] == (touch == "stepped")
+        assert optimizer.state[param].get("mine") == (3 if touch == "own" else None)
