@@ -656,12 +656,10 @@ class ShardedRAdam(RAdam, Joinable):
             model: all modules that use the parameters; not one that torch.compile made.
 
         Raises:
-            ValueError: the model is compiled, or parameters are not views of buckets.
+            ValueError: a module of the model is compiled, or parameters are not views of buckets.
         """
         if not self._options.as_views:
             raise ValueError("overlap_forward() needs parameters_as_bucket_view=True, and no differentiable=True")
-        if hasattr(model, "_orig_mod"):  # torch.compile's wrapper
-            raise ValueError("overlap_forward() is not for compiled models: they take their parameters without asking")
         self._arrivals = self._arrivals or Arrivals()
         self._arrivals.hook(model)
 

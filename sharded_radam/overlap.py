@@ -7,6 +7,8 @@ of them waits first; so nobody reads a stale value.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from sharded_radam.flat import Flat
 from sharded_radam.transport import Handle
@@ -41,9 +44,18 @@ class ArrivingParameter(Parameter):
         if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        for wait in set(_waiting.values()):
-            wait()
-        return func(*args, **(kwargs or {}))
+        _wait_for_all()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        _wait_for_all()
+        return copy.deepcopy(self, memo)  # by now a Parameter, so the copy is one
+
+
+def _wait_for_all() -> None:
+    for wait in set(_waiting.values()):
+        wait()
 
 
 class Arrivals:
@@ -53,17 +65,30 @@ class Arrivals:
         self._handles: dict[tuple[int, int], list[Handle]] = {}
         self._buckets: dict[int, list[tuple[int, int]]] = {}
         self._params: dict[int, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._modules: dict[nn.Module, RemovableHandle] = {}
+        self._streams: list[Any] = []
+        self._lock = threading.RLock()
 
     def hook(self, model: nn.Module) -> None:
-        """Let the forward of each module wait for its own parameters."""
+        """Let the forward of each module wait for its own parameters.
+
+        Raises:
+            ValueError: a module is compiled: it takes its parameters without asking.
+        """
+        for name, module in model.named_modules():
+            if _is_compiled(module):
+                where = f"its module '{name}'" if name else "it"
+                raise ValueError(
+                    f"overlap_forward() is not for compiled models, and {where} is: compiled code takes parameters "
+                    "without asking whether they have arrived. Leave it away"
+                )
         for module in model.modules():
-            own = list(module.parameters(recurse=False))
-            if own:
-                self._hooks.append(module.register_forward_pre_hook(lambda *_, own=own: self.wait_for(own)))
+            if module not in self._modules and any(True for _ in module.parameters(recurse=False)):
+                self._modules[module] = module.register_forward_pre_hook(_Gate(self))
 
     def begin(self, flats: Sequence[Flat], handles: dict[tuple[int, int], list[Handle]]) -> None:
-        """Take over the gathers of a step."""
+        """Take over the gathers of a step, which was called on the current stream."""
+        self._streams = [torch.cuda.current_stream(flat.buffer.device) for flat in flats if flat.buffer.is_cuda]
         self._handles = {where: some for where, some in handles.items() if some}
         found: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for index, flat in enumerate(flats):
@@ -78,15 +103,21 @@ class Arrivals:
             if type(param) is Parameter:
                 param.__class__ = ArrivingParameter
             _waiting[key] = self.wait
+        if any(map(_is_compiled, self._modules)):  # since overlap_forward() was called
+            self.wait()
         self.wait_for([param for param in self._params.values() if type(param) is not ArrivingParameter])
 
     def wait_for(self, params: Iterable[Tensor]) -> None:
-        """Return when these parameters have arrived."""
-        for param in params:
-            for where in self._buckets.pop(id(param), ()):
-                for handle in self._handles.pop(where, ()):
-                    handle.wait()
-            self._arrived(id(param))
+        """Return when these parameters have arrived.
+
+        On an accelerator: have the current stream wait, and that of the step, with which other readers synchronise.
+        """
+        with self._lock:
+            for param in params:
+                for where in self._buckets.pop(id(param), ()):
+                    for handle in self._handles.pop(where, ()):
+                        handle.wait(*self._streams)
+                self._arrived(id(param))
 
     def wait(self) -> None:
         """Return when all parameters have arrived."""
@@ -97,3 +128,26 @@ class Arrivals:
         _waiting.pop(key, None)
         if type(param) is ArrivingParameter:
             param.__class__ = Parameter  # type: ignore[assignment]
+
+
+class _Gate:
+    """Forward pre-hook of a module; that of a copy of the module, or of one that was saved, has nothing to wait for."""
+
+    def __init__(self, arrivals: Arrivals | None = None) -> None:
+        self._arrivals = arrivals
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if self._arrivals is not None:
+            self._arrivals.wait_for(module.parameters(recurse=False))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Gate:
+        return _Gate()
+
+    def __reduce__(self) -> tuple[type[_Gate], tuple[()]]:
+        return _Gate, ()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), or in place by module.compile()."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import io
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.overlap import ArrivingParameter
+from sharded_radam.transport import Handle
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run
 from tests.test_gradients import OPTIONS, SMALL, Training, images, train, unused_on_some_ranks
@@ -66,9 +72,9 @@ class Held:
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
-    def wait(self) -> None:
+    def wait(self, *streams: Any) -> None:
         Held.waited += 1
-        self.handle.wait()
+        self.handle.wait(*streams)
 
 
 def step_and_hold(optimizer: ShardedRAdam, model: nn.Module) -> None:
@@ -81,12 +87,29 @@ def step_and_hold(optimizer: ShardedRAdam, model: nn.Module) -> None:
     Held.waited = 0
 
 
+def usable(model: nn.Module) -> None:
+    """What was copied while parameters travelled has ordinary parameters, of after the step."""
+    assert all(type(param) is Parameter for param in model.parameters())
+    model(torch.ones(1, 33))
+
+
+def saved(model: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
 READERS: dict[str, Callable[[nn.Module, ShardedRAdam], object]] = {
     "state_dict": lambda model, _: model.state_dict(),
     "norm": lambda model, _: next(model.parameters()).norm(),
     "data": lambda model, _: next(model.parameters()).data,
     "foreach": lambda model, _: torch._foreach_norm(list(model.parameters())),
-    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "deepcopy": lambda model, _: usable(copy.deepcopy(model)),
+    "deepcopy of one": lambda model, _: copy.deepcopy(next(model.parameters())).numel(),
+    "copy of one": lambda model, _: copy.copy(next(model.parameters())).numel(),
+    "AveragedModel": lambda model, _: usable(AveragedModel(model)),
+    "torch.save": lambda model, _: usable(torch.load(saved(model), weights_only=False)),
     "numpy": lambda model, _: next(model.parameters()).detach().numpy(),
     "item": lambda model, _: next(model.parameters())[0, 0].item(),
     "data_ptr": lambda model, _: next(model.parameters()).data_ptr(),
@@ -144,12 +167,111 @@ def test_nobody_reads_stale_parameters(world_size: int) -> None:
     run(check_readers, world_size)
 
 
+def check_threads(rank: int, world_size: int) -> None:
+    """Threads that read at once all have the new values, however long these take."""
+    model = nn.Sequential(*(nn.Linear(33, 33) for _ in range(6)))
+    optimizer = ShardedRAdam(model.parameters(), transport="gloo", bucket_cap_mb=0.005, lr=1.0)
+    optimizer.overlap_forward(model)
+
+    class Slow(Held):
+        def wait(self, *streams: Any) -> None:
+            time.sleep(0.01)
+            super().wait(*streams)
+
+    for _ in range(3):
+        with mock.patch(f"{__name__}.Held", Slow):
+            step_and_hold(optimizer, model)
+        found: list[list[Tensor]] = []
+
+        def read(found: list[list[Tensor]] = found) -> None:
+            with torch.no_grad():
+                found.append([param.clone() for param in model.parameters()])
+
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        everywhere = optimizer._network.all_gather_objects(found[0])
+        for other in (*found, *everywhere):
+            assert_same(other, found[0])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_threads_that_read_at_once(world_size: int) -> None:
+    run(check_threads, world_size)
+
+
+def check_compiled(rank: int, world_size: int) -> None:
+    """Compiled after the call: the same results, in whatever way."""
+    results = []
+    for way in (None, "wrapped", "in place", "block", "block replaced"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 33))
+        optimizer = ShardedRAdam(model.parameters(), transport="gloo", bucket_cap_mb=SMALL, lr=0.1)
+        optimizer.overlap_forward(model)
+        call: Any = torch.compile(model, backend="aot_eager") if way == "wrapped" else model
+        if way == "in place":
+            model.compile(backend="aot_eager")
+        if way == "block":
+            model[0].compile(backend="aot_eager")
+        if way == "block replaced":
+            model[0] = torch.compile(model[0], backend="aot_eager")  # type: ignore[assignment]
+        for step in range(4):
+            call(torch.full((2, 33), 1.0 + rank + step)).square().mean().backward()
+            for param in model.parameters():
+                dist.all_reduce(param.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.detach().clone() for param in model.parameters()])
+        assert_same(results[0], results[-1], way)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_models_that_are_compiled_later(world_size: int) -> None:
+    run(check_compiled, world_size)
+
+
+class Wait:
+    """Work whose waiting is noted, with the stream that waits."""
+
+    def __init__(self, current: list[str], noted: list[str]) -> None:
+        self.current, self.noted = current, noted
+
+    def wait(self) -> None:
+        self.noted.append(self.current[-1])
+
+
+def test_the_stream_of_the_step_waits_too() -> None:
+    """A reader on a stream of its own must not be the only one that waits: the forward is on another."""
+    current, noted = ["reader"], list[str]()
+
+    @contextlib.contextmanager
+    def stream(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    with mock.patch("torch.cuda.stream", stream):
+        handle = Handle(Wait(current, noted))  # type: ignore[arg-type]
+        handle.wait("step")
+        handle.wait("step")
+    assert noted == ["reader", "step"]
+
+
 def test_overlap_is_refused_where_it_cannot_be() -> None:
-    model = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="needs parameters_as_bucket_view=True"):
         ShardedRAdam(model.parameters(), parameters_as_bucket_view=False).overlap_forward(model)
-    with pytest.raises(ValueError, match="not for compiled models"):
-        ShardedRAdam(model.parameters()).overlap_forward(torch.compile(model))  # type: ignore[arg-type]
+    optimizer = ShardedRAdam(model.parameters())
+    with pytest.raises(ValueError, match="not for compiled models, and it is"):
+        optimizer.overlap_forward(torch.compile(model))  # type: ignore[arg-type]
+    model[1].compile()
+    with pytest.raises(ValueError, match="not for compiled models, and its module '1' is"):
+        optimizer.overlap_forward(model)
+    model[1] = torch.compile(nn.Linear(2, 2))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="not for compiled models, and its module '1' is"):
+        optimizer.overlap_forward(model)
 
 
 # One copy of the parameters

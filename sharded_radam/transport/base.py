@@ -27,10 +27,13 @@ class Handle:
         self._work = work
         self._tensors = tensors
 
-    def wait(self) -> None:
-        """Return when the tensors may be used (on CUDA: by kernels launched from now on)."""
+    def wait(self, *streams: Any) -> None:
+        """Return when the tensors may be used (on CUDA: by kernels launched from now on, here or on ``streams``)."""
         if self._work is not None:
             self._work.wait()
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    self._work.wait()
         self._work, self._tensors = None, ()
 
 
