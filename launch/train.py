@@ -394,8 +394,9 @@ class Trainer:
             dist.broadcast_object_list(exists, src=0)
             missing_is_fine = self.options.auto_resume and not exists[0]
             return 0 if missing_is_fine else load_file(source, model, self.optimizer)
-        with CheckpointManager(source) as manager:
-            restored = manager.load_latest(model=model, optimizer=self.optimizer)
+        # By the manager that saves, where both are one folder: it knows then what its saves go on from.
+        manager = self.manager if self.manager and source == self.options.save else CheckpointManager(source)
+        restored = manager.load_latest(model=model, optimizer=self.optimizer)
         if restored is None:
             if self.options.auto_resume:
                 return 0

@@ -116,10 +116,11 @@ ALLOWED = {
         *(f"checkpoint.{n}" for n in ("other_optimizer", "reading", "undo")),
         "state",
     },
+    "checkpoint.retention": {"checkpoint.directory", "checkpoint.index"},
     "checkpoint.manager": {
         *("checkpoint.agreement", "checkpoint.contents", "checkpoint.directory", "checkpoint.files"),
         *("checkpoint.index", "checkpoint.loading", "checkpoint.reading", "checkpoint.saving"),
-        *("checkpoint.peers", "checkpoint.training", "checkpoint.undo"),
+        *("checkpoint.peers", "checkpoint.retention", "checkpoint.training", "checkpoint.undo"),
     },
     "checkpoint": {f"checkpoint.{name}" for name in ("agreement", "manager", "optimizer_part", "saving", "training")},
     "checkpoint.tools": {
@@ -132,10 +133,13 @@ ALLOWED = {
     "planning.models": {"memory", "plan"},
     "planning.simulate": {"compat", "optimizer", "overview", "plan", "planning.estimate", "transport"},
     "integrations": set(),
-    "integrations.hf": {"checkpoint", "checkpoint.directory", "optimizer"},
+    "integrations.hf": {"checkpoint", "optimizer"},
     "commands": set(),
     "commands.output": set(),
-    "commands.checkpoint": {"checkpoint.index", "checkpoint.tools", "checkpoint.verification", "commands.output"},
+    "commands.checkpoint": {
+        *(f"checkpoint.{name}" for name in ("directory", "index", "retention", "tools", "verification")),
+        "commands.output",
+    },
     "commands.doctor": {"commands.output", "diagnosis", "version"},
     "commands.plan": {"commands.output", "plan", *(f"planning.{n}" for n in ("estimate", "models", "simulate"))},
     "diagnosis": {"layout", "optimizer", "plan", "planning.estimate", "transport"},

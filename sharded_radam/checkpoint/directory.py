@@ -1,7 +1,8 @@
 """Directories that are there whole, or not at all.
 
 A checkpoint is written into ``.NAME.<random>.unfinished`` beside its final place, and renamed to NAME when all of it is
-on the disk. What has the final name is committed; what has not is a leftover of a save that did not end.
+on the disk. What has the final name is committed; what has not is a leftover of a save that did not end. Where a
+checkpoint is exchanged for another, the old one is called ``.NAME.<random>.replaced`` until the new one has its name.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger("sharded_radam")
 
 _LOCK = ".lock"
 _STEP = re.compile(r"step_(\d+)")
+_PROTECTED = "protected"
+"""A file in a checkpoint that nobody removes."""
 
 
 def fsync(path: Path) -> None:
@@ -65,14 +69,18 @@ def _is_held(unfinished: Path) -> bool:
     return False
 
 
-def begin(final: Path, leftovers: str | None = None) -> Path:
+def begin(final: Path, leftovers: str | None = None, replaces: bool = False) -> Path:
     """Make the unfinished directory for a checkpoint; leftovers are removed: of the same name, or of another pattern.
+
+    Args:
+        final: where the checkpoint is to be.
+        replaces: whether another one may be there, see :func:`set_aside`.
 
     Raises:
         ValueError: there is something of the final name, or another process is making it.
         OSError: as of mkdir.
     """
-    if os.path.lexists(final):
+    if os.path.lexists(final) and not replaces:
         raise _exists(final)
     missing = [parent for parent in (final.parent, *final.parent.parents) if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -128,18 +136,45 @@ def commit(unfinished: Path, final: Path) -> None:
     fsync_if_possible(final.parent)
 
 
-def withdraw(unfinished: Path, final: Path) -> bool:
+def withdraw(unfinished: Path, inode: int, final: Path) -> bool:
     """Make sure that a checkpoint is never committed, also by a process that may be about to; False if it has been.
 
-    A rename succeeds once: this one, or that of ``commit``.
+    A rename succeeds once: this one, or that of ``commit``. ``inode`` is the directory's, which tells it from another
+    checkpoint that it was to replace.
     """
     away = _hidden(final)
     try:
         os.rename(unfinished, away)
     except FileNotFoundError:
-        return not final.is_dir()
+        return not final.is_dir() or final.stat().st_ino != inode
     shutil.rmtree(away, ignore_errors=True)
     return True
+
+
+@contextmanager
+def set_aside(final: Path) -> Iterator[None]:
+    """Within it, ``final`` is free for another checkpoint; after an error the old one is there again."""
+    aside = final.parent / f".{final.name}.{secrets.token_hex(4)}.replaced"
+    os.rename(final, aside)
+    try:
+        yield
+    except BaseException:
+        if not os.path.lexists(final):
+            os.rename(aside, final)
+        raise
+    with suppress(OSError):  # the new one is committed; the next save tries again
+        _discard(aside, final)
+
+
+def recover(folder: Path) -> None:
+    """Give checkpoints their names back for which no other came; remove those for which one did."""
+    for aside in folder.glob(".*.????????.replaced"):
+        final = folder / aside.name[1:].rsplit(".", 2)[0]
+        if os.path.lexists(final):
+            _discard(aside, final)
+        else:
+            os.rename(aside, final)
+            fsync_if_possible(folder)
 
 
 def step_path(folder: Path, step: object) -> Path:
@@ -171,6 +206,24 @@ def committed_steps(folder: Path) -> list[int]:
 
 def remove(final: Path) -> None:
     """Remove a checkpoint; if this is interrupted, what is left is a leftover, and no checkpoint."""
+    _discard(final, final)
+
+
+def _discard(path: Path, final: Path) -> None:
     away = _hidden(final)
-    os.rename(final, away)
+    os.rename(path, away)
     shutil.rmtree(away, ignore_errors=True)
+
+
+def is_protected(final: Path) -> bool:
+    """Whether a checkpoint is never to be removed."""
+    return (final / _PROTECTED).exists()
+
+
+def protect(final: Path, protected: bool) -> None:
+    """Say whether a checkpoint may be removed."""
+    if protected:
+        (final / _PROTECTED).touch()
+    else:
+        (final / _PROTECTED).unlink(missing_ok=True)
+    fsync(final)

@@ -109,6 +109,17 @@ def read_index(folder: Path) -> Index:
     return Index(folder, tensors, objects, paths or {}, manifest, digest)
 
 
+def read_info(folder: Path) -> dict[str, Any]:
+    """What the saver of a checkpoint knew; nothing if that was torch.distributed.checkpoint.
+
+    Raises:
+        DamagedError: the manifest cannot be read.
+        OSError: as of open.
+    """
+    manifest = _read_manifest(folder)
+    return manifest.info if manifest else {}
+
+
 def _no_checkpoint(folder: Path) -> str:
     if not folder.exists():
         nearby = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 import sharded_radam.checkpoint.directory as directory
+import sharded_radam.checkpoint.retention as retention
 from sharded_radam.checkpoint.agreement import Agreement, absolute
 from sharded_radam.checkpoint.contents import Opaque, Staging
 from sharded_radam.checkpoint.files import DataFiles
@@ -40,11 +41,14 @@ class CheckpointManager:
 
     A checkpoint has the model, the optimizer (a ShardedRAdam), the scheduler, each rank's random number generators,
     each rank's data position, and what the user adds; all by names, so that it loads at any world size. It is
-    committed by a rename: the latest is the one of the largest step that has a name, whatever happened.
+    committed by a rename: the latest is the one of the largest step that has a name, whatever happened, in the branch
+    that was written last (see ``load``).
 
     Args:
         folder: on a file system that all ranks share; one training at a time writes there.
-        keep: how many checkpoints to keep; older ones are removed after a commit. None for all.
+        keep: how many checkpoints to keep beside the best and the protected ones; others are removed after a commit:
+            first those that training has gone back from, the oldest first, then the smallest steps. None for all.
+        best_mode: whether the best of what ``save(best=)`` was given is the smallest, "min", or the largest, "max".
         process_group: whose ranks save together; the default one if None.
         timeout: seconds to wait for a rank that does not come.
     """
@@ -54,21 +58,29 @@ class CheckpointManager:
         folder: str | os.PathLike[str],
         *,
         keep: int | None = None,
+        best_mode: str = "min",
         process_group: dist.ProcessGroup | None = None,
         timeout: float = 600.0,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: expected None or at least 1")
+        if best_mode not in retention.MODES:
+            raise ValueError(f"best_mode={best_mode!r}: expected one of {retention.MODES}")
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: expected seconds above 0")
         self.folder = Path(folder)
         self._keep = keep
+        self._mode = best_mode
         self._peers = Peers.of(process_group)
         self._timeout = timeout
         self._thread = ThreadPoolExecutor(1, "sharded_radam-save")  # joined when the interpreter ends
         self._staging = Staging()
         self._in_flight: Future[SaveReport] | None = None
         self.last_report: SaveReport | None = None
+        # On rank 0: what was loaded since the last save, and the branches of that save and of the one that is written.
+        self._loaded: retention.Record | None = None
+        self._branch: retention.Branch | None = None
+        self._writing: retention.Branch | None = None
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -79,6 +91,57 @@ class CheckpointManager:
     def steps(self) -> list[int]:
         """Steps that are committed, in increasing order; not collective."""
         return directory.committed_steps(self.folder)
+
+    def best(self) -> int | None:
+        """The step with the best value of all that are there; None if none has a value; not collective."""
+        return retention.best(retention.read_records(self.folder), self._mode)
+
+    def protect(self, step: int, protected: bool = True) -> None:
+        """Keep a checkpoint until ``protect(step, False)``, also after a restart: nothing here removes it.
+
+        Raises:
+            CheckpointError: on every rank the same: there is none of this step.
+        """
+        self._on_one(
+            step,
+            "protecting" if protected else "no longer protecting",
+            lambda record, path: directory.protect(path, protected),
+        )
+
+    def delete(self, step: int) -> None:
+        """Remove a checkpoint, whichever it is but a protected one.
+
+        Raises:
+            CheckpointError: on every rank the same: there is none of this step, it is protected, or cannot be removed.
+        """
+
+        def remove(record: retention.Record, path: Path) -> None:
+            if record.is_protected:
+                raise ValueError(f"it is protected: protect({step}, False) first")
+            directory.remove(path)
+
+        self._on_one(step, "deleting", remove)
+
+    def _on_one(self, step: int, what: str, act: Callable[[retention.Record, Path], None]) -> None:
+        """Let rank 0 do something with one checkpoint."""
+        self.wait()
+        path = directory.step_path(self.folder, step)
+        problem: Exception | None = None
+        number = 0
+        try:
+            number = directory.check_step(step)
+        except ValueError as error:
+            problem = error
+
+        def decide(_: list[Any]) -> None:
+            directory.recover(self.folder)
+            records = {record.step: record for record in retention.read_records(self.folder)}
+            if number not in records:
+                raise ValueError(f"there is none, only steps {[*records]}")
+            act(records[number], path)
+
+        with Agreement(self._peers, f"{what} {absolute(path)}", self._timeout) as agreement:
+            agreement.decide(None, problem, decide)
 
     # Saving
 
@@ -91,18 +154,23 @@ class CheckpointManager:
         scheduler: Any = None,
         data: Any = None,
         user: Any = None,
+        best: Any = None,
         blocking: bool = True,
     ) -> SaveReport | None:
         """Save a checkpoint.
 
         Args:
-            step: its number; there must be none of this number.
-            model, optimizer: a model whose parameters all ranks have alike, and a ShardedRAdam. Buffers and extra
-                state of the model are rank 0's, as under DistributedDataParallel; what each rank shall have back for
-                itself goes into ``data``.
-            scheduler: anything with ``state_dict()``.
+            step: its number; there must be none of this number, unless training has gone back to a step before, by
+                ``load`` with an optimizer, and this one is an abandoned one. That is replaced when this is committed.
+            model, optimizer: a model whose parameters all ranks have alike, and a ShardedRAdam, or another optimizer
+                that all ranks have as a whole, of which rank 0's is saved. Buffers and extra state of the model are
+                rank 0's, as under DistributedDataParallel; what each rank shall have back for itself goes into
+                ``data``.
+            scheduler: anything with ``state_dict()``. Models, optimizers and schedulers may be several, in dicts and
+                lists; parameters have the names of the model with the optimizer's name, or of all models together.
             data: this rank's position in its data: a plain value, or anything with ``state_dict()``.
             user: a plain value that all ranks have; rank 0's is saved.
+            best: a number by which checkpoints are compared, rank 0's, see ``best_mode``; NaN is never the best.
             blocking: if False, this returns as soon as there is a copy of this rank's part in host memory, which is
                 kept for the next save until ``close``; what was saved may then change. One save is in flight at a
                 time: the next one waits for it. Errors come from the next call, or from ``close``.
@@ -123,7 +191,9 @@ class CheckpointManager:
             own = {"rng": random_states()}
             if data is not None:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
-            return Saved(nested, own, {"step": directory.check_step(step)})
+            number = directory.check_step(step)
+            notes, replaces = self._place(number, best) if self._peers.rank == 0 else ({}, False)
+            return Saved(nested, own, {"step": number}, notes, replaces)
 
         final = directory.step_path(self.folder, step)
         save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging, "*")
@@ -133,21 +203,38 @@ class CheckpointManager:
         self._in_flight = self._thread.submit(self._write, save)
         return None
 
+    def _place(self, step: int, best: Any) -> tuple[dict[str, Any], bool]:
+        """On rank 0: what the manifest says of a save among others, and whether it replaces one."""
+        directory.recover(self.folder)
+        records = retention.read_records(self.folder)
+        branch = retention.next_branch(records, step, self._loaded, self._branch)
+        replaced = [record for record in records if record.step == step and not retention.is_on(record, branch)]
+        if replaced and replaced[0].is_protected:
+            raise ValueError(
+                f"there is a step {step}, which training has gone back from, and which is protected: protect({step}, "
+                "False) first, or save another number"
+            )
+        continues = self._loaded.step if self._loaded else self._branch[-1][1] if self._branch else None
+        notes: dict[str, Any] = {"written": retention.count(records), "branch": branch, "continues": continues}
+        if best is not None:
+            notes |= {"best": retention.number_of(best), "best_mode": self._mode}
+        self._writing = branch
+        return notes, bool(replaced)
+
     def _write(self, save: Save) -> SaveReport:
         report = save.write()
+        self._branch, self._loaded = self._writing, None
         if self._peers.rank == 0:
             logger.info("saved %s", report)
-            self._prune(save.final)
+            self._prune()
         return report
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self) -> None:
         if self._keep is None:
             return
         try:
-            for step in self.steps()[: -self._keep]:
-                path = directory.step_path(self.folder, step)
-                if path.name != newest.name:
-                    directory.remove(path)
+            for step in retention.stale(retention.read_records(self.folder), self._keep, self._mode):
+                directory.remove(directory.step_path(self.folder, step))
         except OSError as error:  # the new checkpoint is there: no reason to end the training
             logger.warning("could not remove old checkpoints in %s: %s", self.folder, error)
 
@@ -174,12 +261,16 @@ class CheckpointManager:
     # Loading
 
     def load_latest(self, **parts: Any) -> Restored | None:
-        """Load the committed checkpoint of the largest step, as ``load`` does; None if there is none."""
+        """Load the largest step of the branch that was written last, as ``load`` does; None if there is none."""
         self.wait()
         with Agreement(self._peers, f"looking for checkpoints in {absolute(self.folder)}", self._timeout) as agreement:
             # Rank 0 looks: a network file system may show others something else.
-            step = agreement.decide(None, decide=lambda offers: max(self.steps(), default=None))
+            step = agreement.decide(None, decide=lambda offers: self._latest())
         return None if step is None else self.load(step, **parts)
+
+    def _latest(self) -> int | None:
+        directory.recover(self.folder)
+        return retention.latest(retention.read_records(self.folder))
 
     def load(
         self,
@@ -194,6 +285,9 @@ class CheckpointManager:
     ) -> Restored:
         """Load the checkpoint of a step into what is given, all or nothing.
 
+        What is saved after a load with an optimizer goes on from that checkpoint: what was saved after it is abandoned,
+        and ``load_latest`` follows the new branch. Without an optimizer, a load changes nothing of that.
+
         Until all ranks have read and checked it, it takes as much memory as is loaded: a model, and this rank's shards
         (of a new optimizer, only masters: moments that are zero take what is read, and are zeros again after an error).
 
@@ -203,14 +297,18 @@ class CheckpointManager:
             data: something with ``load_state_dict``, if the position is to be loaded into it.
             rng: whether to set the random number generators; only done at the world size of saving, and only on the
                 ranks that saved some.
-            strict: whether missing, unexpected and mismatched names of the model and the optimizer are errors.
+            strict: whether missing, unexpected and mismatched names of models and optimizers are errors; where there
+                are several, all that were saved are expected.
 
         Raises:
             CheckpointError: on every rank the same; nothing was changed.
         """
         self.wait()
+        loaded: retention.Record | None = None
 
         def prepare(index: Index, files: DataFiles) -> tuple[list[Target], list[Change], Callable[[], Restored]]:
+            nonlocal loaded
+            loaded = retention.record_of(step, index.info)
             targets, changes, finish = Training.of(model, optimizer, scheduler).prepare(index, files, strict)
             user = files.load(index.objects["user"], "user") if "user" in index.objects else None
             position = self._position(index, files)
@@ -235,6 +333,8 @@ class CheckpointManager:
 
         path = directory.step_path(self.folder, step)
         restored = load_checkpoint(path, self._peers, self._timeout, prepare)
+        if optimizer is not None:
+            self._loaded = loaded
         if self._peers.rank == 0:
             reports = (
                 [restored.optimizer] if restored.optimizer else [f"{k}: {v}" for k, v in restored.optimizers.items()]

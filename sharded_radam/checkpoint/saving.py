@@ -10,7 +10,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,17 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest."""
+    """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest.
+
+    ``notes`` are rank 0's facts for the manifest; ``replaces`` says there whether one that has the name is to be
+    replaced.
+    """
 
     nested: Mapping[str, Any]
     own: Mapping[str, Any]
     info: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    replaces: bool = False
 
 
 class Save:
@@ -103,7 +110,8 @@ class Save:
         try:
             self.final = Path(os.path.abspath(final))
             saved = collect()
-            self._info |= saved.info
+            self._info |= {**saved.info, **saved.notes}
+            self._replaces = saved.replaces
             found = contents(saved.nested, saved.own, self._peers.rank, self._peers.world_size)
             self._chunks = {key: encode(value, key) for key, value in found.objects.items()}
             self._contents = replace(found, objects={})
@@ -115,7 +123,7 @@ class Save:
     def _make_directory(self, offers: list[Any]) -> str:
         for what in offers[0]:
             expect_same([offer.get(what) for offer in offers], what)
-        self._unfinished = directory.begin(self.final, self._leftovers)
+        self._unfinished = directory.begin(self.final, self._leftovers, self._replaces)
         self._hold = directory.Hold(self._unfinished)
         return str(self._unfinished)
 
@@ -125,6 +133,7 @@ class Save:
         sees = False
         try:
             sees = self._sees_directory()
+            self._inode = self._folder.stat().st_ino if sees else 0
             if staging is not None:
                 self._contents = staging.copy(self._contents)
         except Exception as error:
@@ -208,10 +217,11 @@ class Save:
         write_index(self._folder, tensors, objects, paths, self._info)
         directory.fsync(self._folder / METADATA)
         directory.fsync(self._folder / MANIFEST)
-        directory.commit(self._folder, self.final)
+        with directory.set_aside(self.final) if self._replaces else nullcontext():
+            directory.commit(self._folder, self.final)
 
     def _settle(self) -> bool:
-        return not directory.withdraw(self._folder, self.final)
+        return not directory.withdraw(self._folder, self._inode, self.final)
 
     def _give_up(self, error: BaseException) -> None:
         """After the verdict, or to make it: no rank commits any more."""

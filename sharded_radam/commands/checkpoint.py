@@ -1,13 +1,17 @@
-"""``sharded-radam checkpoint inspect|verify|consolidate|import|diff``."""
+"""``sharded-radam checkpoint list|inspect|verify|consolidate|import|diff``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import sharded_radam.checkpoint.retention as retention
+from sharded_radam.checkpoint.directory import step_path
 from sharded_radam.checkpoint.index import Index, read_index
 from sharded_radam.checkpoint.tools import consolidate, differences, import_file, summary
 from sharded_radam.checkpoint.verification import verify
@@ -27,6 +31,7 @@ def add_to(topics: Any) -> None:
         return made
 
     for name, run, text in (
+        ("list", _list, "show the checkpoints of a folder: which is the latest, the best, protected, abandoned"),
         ("inspect", _inspect, "show what a checkpoint has: names, shapes, dtypes, bytes, step, world size"),
         ("verify", _verify, "read all of a checkpoint; check its checksums, and that nothing is missing"),
     ):
@@ -64,6 +69,46 @@ def _open(path: Path) -> Index:
 
 def _num_bytes(*indices: Index) -> int:
     return sum(summary(index)["bytes"] for index in indices)
+
+
+def _list(options: Any) -> int:
+    records = retention.read_records(options.path)
+    if not records:
+        raise ValueError(f"{options.path} has no checkpoint: expected directories step_<number> in it")
+    found = [_row(options.path, record, records) for record in records]
+    lines = ["      step  saved (UTC)          ranks          MB   continues         value"]
+    for row in found:
+        saved, ranks, continues, value = (
+            "" if row[key] is None else row[key] for key in ("saved", "world_size", "continues", "value")
+        )
+        line = f"{row['step']:10}  {saved:19}  {ranks:>5}  {row['bytes'] / 1e6:10.1f}  {continues:>10}  {value:>12}"
+        lines.append(f"{line}  {', '.join(row['marks'])}".rstrip())
+    print_result(options, {"checkpoints": found}, "\n".join(lines))
+    return 0
+
+
+def _row(folder: Path, record: retention.Record, records: list[retention.Record]) -> dict[str, Any]:
+    last = retention.newest(records)
+    mode = next((r.mode for r in sorted(records, key=lambda r: -r.written) if r.mode in retention.MODES), "min")
+    marks = {
+        "latest": record.step == retention.latest(records),
+        "best": record.step == retention.best(records, mode or "min"),
+        "protected": record.is_protected,
+        "abandoned": last is not None and not retention.is_on(record, last.branch),
+        "damaged": not record.is_readable,
+    }
+    saved = None
+    with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):  # there is none, or it is no time
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.time or math.nan))
+    return {
+        "step": record.step,
+        "saved": saved,
+        "world_size": record.world_size,
+        "bytes": sum(file.stat().st_size for file in step_path(folder, record.step).iterdir()),
+        "continues": record.continues,
+        "value": None if record.value is None else retention.number_of(record.value),
+        "marks": [mark for mark, is_so in marks.items() if is_so],
+    }
 
 
 def _inspect(options: Any) -> int:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from sharded_radam.checkpoint import CheckpointManager
-from sharded_radam.checkpoint.directory import remove, step_path
 from sharded_radam.optimizer import ShardedRAdam
 
 if TYPE_CHECKING:
@@ -139,8 +138,6 @@ class ShardsCallback(TrainerCallback):
         """After Trainer has saved, where nothing had said that it would (``save_strategy="best"``)."""
         assert self._manager is not None
         if self._saved != state.global_step:
-            if args.process_index == 0 and state.global_step in self._manager.steps():
-                remove(step_path(self._manager.folder, state.global_step))
             optimizer, scheduler = unwrap(kwargs["optimizer"]), kwargs["lr_scheduler"]
             self._manager.save(state.global_step, optimizer=optimizer, scheduler=scheduler)
             self._saved = state.global_step
