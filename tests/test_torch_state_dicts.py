@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.compat import VERSION
 from sharded_radam.ranges import RangeTensor
 from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
@@ -99,6 +100,8 @@ def compare(ours: Any, theirs: Any, at: str = "") -> None:
 def options(**chosen: bool) -> list[StateDictOptions]:
     """All options that go together, with those that are given."""
     names = ["full_state_dict", "cpu_offload", "flatten_optimizer_state_dict", "broadcast_from_rank0"]
+    if VERSION < (2, 11):  # older releases flatten a tied parameter under both names, and cannot take that back
+        chosen["flatten_optimizer_state_dict"] = False
     free = [name for name in names if name not in chosen]
     every: list[dict[str, Any]] = [
         {**chosen, **dict(zip(free, flags, strict=True))}
@@ -196,7 +199,7 @@ def test_frozen_parameters(tmp_path: Path, world_size: int) -> None:
 
 def check_half(_rank: int, _world_size: int) -> None:
     """What RAdam has for half precision, nested or flattened, has no masters: they round to the parameters."""
-    for flatten in (False, True):
+    for flatten in (False, True) if VERSION >= (2, 11) else (False,):  # older: KeyError for what a flattened dict lacks
         models = [nn.Linear(5, 31).bfloat16() for _ in range(2)]
         for model in models:
             nn.init.constant_(model.weight, 0.5)
