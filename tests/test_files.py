@@ -227,7 +227,11 @@ def test_large_tensors_are_read_into_their_place(tmp_path: Path, value: torch.Te
     memory = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     content = bytearray((tmp_path / "x").read_bytes())
     with DataFiles(tmp_path) as files:
-        assert files.read_into(extent, "w", memory)
+        for begin in (files._begin, 0, 640, 4000):  # of the chunk before
+            files._begin = begin
+            memory.zero_()
+            assert files.read_into(extent, "w", memory)
+            assert torch.equal(memory.to(torch.complex128), value.to(torch.complex128))
         assert not files._buffer  # and not through other memory
         assert torch.equal(memory.to(torch.complex128), value.to(torch.complex128))
         for other in (memory.view(-1)[1:] if memory.is_contiguous() else memory[1:], torch.zeros(3)):
@@ -253,7 +257,6 @@ def test_small_and_scattered_tensors_are_not(tmp_path: Path) -> None:
         for value, extent in zip(values, extents, strict=True):
             memory = torch.zeros_like(value)
             assert not files.read_into(extent, "w", memory)
-            assert not memory.resolve_conj().any()
             assert torch.equal(files.tensor(extent, "w"), value)
 
 

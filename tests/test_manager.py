@@ -461,20 +461,20 @@ def check_reads(rank: int, world_size: int, folder: str) -> None:
     optimizer = ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.1)
     optimizer.save(folder)
     read: list[files.Extent] = []
-    original = files.DataFiles._check
+    original = files.DataFiles._note
 
-    def counted(self: files.DataFiles, extent: files.Extent, what: str, crc32: int) -> None:
+    def counted(self: files.DataFiles, extent: files.Extent) -> None:
         read.append(extent)
-        original(self, extent, what, crc32)
+        original(self, extent)
 
-    files.DataFiles._check = counted  # type: ignore[method-assign]
+    files.DataFiles._note = counted  # type: ignore[method-assign]
     try:
         ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.013).load(folder)
         assert len(read) == len(set(read))
         read.clear()
         ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.1).load(folder)
     finally:
-        files.DataFiles._check = original  # type: ignore[method-assign]
+        files.DataFiles._note = original  # type: ignore[method-assign]
     moments = sum(e.length for e in read if e.length > 2000)
     own = sum(b - a for flat in optimizer._flats for slot in range(len(flat.params)) for a, b in flat.spans(slot))
     assert 8 * own <= moments < 8 * own + 4000 * len(read)

@@ -78,22 +78,23 @@ def check_opened(rank: int, world_size: int, folder: str) -> None:
     _, optimizer = training(40)
     manager = CheckpointManager(folder, timeout=20)
     manager.save(1, optimizer=optimizer, data=rank)
-    read: list[str] = []
-    original = files.DataFiles._check
+    read: list[files.Extent] = []
+    original = files.DataFiles._note
 
-    def noted(self: files.DataFiles, extent: files.Extent, what: str, crc32: int) -> None:
-        read.append(what)
-        original(self, extent, what, crc32)
+    def noted(self: files.DataFiles, extent: files.Extent) -> None:
+        read.append(extent)
+        original(self, extent)
 
-    files.DataFiles._check = noted  # type: ignore[method-assign]
+    files.DataFiles._note = noted  # type: ignore[method-assign]
     try:
         restored = manager.load(1)
-        assert sorted(read) == [f"data.{rank}", f"rng.{rank}"]
+        index = read_index(Path(folder, "step_1"))
+        assert {*read} == {index.objects[f"data.{rank}"], index.objects[f"rng.{rank}"]}
         read.clear()
         assert restored.data_of_ranks == tuple(range(world_size))
-        assert read == [f"data.{at}" for at in range(world_size)]
+        assert read == [index.objects[f"data.{at}"] for at in range(world_size)]
     finally:
-        files.DataFiles._check = original  # type: ignore[method-assign]
+        files.DataFiles._note = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])

@@ -27,8 +27,9 @@ T = TypeVar("T")
 
 _MOST_OPEN = 4
 _READ_BYTES = 2**20
-_END_BYTES = 4096
-_LEAST_DIRECT = 16 * _END_BYTES
+_USUAL_BEGIN = 704  # of elements in a chunk, by torch 2.13
+_MOST_BESIDE = 4096
+_LEAST_DIRECT = 16 * _MOST_BESIDE
 _WRITE_BACK_BYTES = 8 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -137,6 +138,7 @@ class DataFiles:
         self._progress = progress
         self._descriptors: dict[str, int] = {}
         self._buffer = bytearray()
+        self._begin = _USUAL_BEGIN
 
     def __enter__(self) -> DataFiles:
         return self
@@ -145,11 +147,6 @@ class DataFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-
-    def prefetch(self, extent: Extent) -> None:
-        """Let the disk read what will be asked for next."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._open(extent.file), extent.start, extent.length, os.POSIX_FADV_WILLNEED)
 
     def read(self, extent: Extent, what: str) -> memoryview:
         """The bytes of an extent, until the next one is read.
@@ -162,34 +159,45 @@ class DataFiles:
             self._buffer = bytearray(extent.length)  # beside what views of the old one still need
         content = memoryview(self._buffer)[: extent.length]
         self._check(extent, what, self._read(extent, what, 0, content, 0))
+        self._note(extent)
         return content
 
     def read_into(self, extent: Extent, what: str, memory: Tensor) -> bool:
         """Read a chunk's tensor straight into memory of the same dtype, shape and strides, dense and on CPU.
 
+        From the first byte to the last, so that the system reads ahead: only the chunk's end says where the elements
+        began. So that is taken from the chunk before, and is the same in nearly all; if it is not, it is read again.
+
         Returns:
-            False if the chunk has no such tensor, or is small: nothing was changed, and ``tensor`` reads it.
+            False if the chunk is small, or has no such tensor: ``tensor`` reads it. Memory may have some of its bytes.
 
         Raises:
-            DamagedError: other bytes than were saved; ``memory`` has some of them.
+            DamagedError: other bytes than were saved.
         """
-        if extent.length < _LEAST_DIRECT or not is_dense(memory):
+        beside = extent.length - memory.nbytes
+        if extent.length < _LEAST_DIRECT or not 0 < beside < _MOST_BESIDE or not is_dense(memory):
             return False
         self._check_length(extent, what)
-        first, last = bytearray(_END_BYTES), bytearray(_END_BYTES)
-        self._read(extent, what, 0, memoryview(first), 0)
-        self._read(extent, what, extent.length - _END_BYTES, memoryview(last), 0)
-        found = locate_tensor(Ends(bytes(first), bytes(last), extent.length))
-        if found is None or _layout(found[0]) != _layout(memory):
-            return False
-        begin = found[1]
-        after = extent.length - (begin + memory.nbytes)
-        if not (0 <= begin <= _END_BYTES and 0 <= after <= _END_BYTES):
-            return False
-        crc32 = zlib.crc32(memoryview(first)[:begin])
-        crc32 = self._read(extent, what, begin, as_bytes(memory), crc32)
-        self._check(extent, what, zlib.crc32(memoryview(last)[_END_BYTES - after :], crc32))
-        return True
+        for _ in range(2):
+            begin = min(self._begin, beside)
+            found = self._read_around(extent, what, begin, as_bytes(memory))
+            if found is None or _layout(found[0]) != _layout(memory):
+                return False
+            self._begin = found[1]
+            if self._begin == begin:
+                self._note(extent)
+                return True
+        return False
+
+    def _read_around(self, extent: Extent, what: str, begin: int, memory: memoryview) -> tuple[Tensor, int] | None:
+        """Read all of a chunk, its bytes from ``begin`` on into memory; what its ends say of the tensor."""
+        first, last = bytearray(begin), bytearray(extent.length - begin - len(memory))
+        crc32 = self._read(extent, what, 0, memoryview(first), 0)
+        crc32 = self._read(extent, what, begin, memory, crc32)
+        self._check(extent, what, self._read(extent, what, begin + len(memory), memoryview(last), crc32))
+        first += memory[:_MOST_BESIDE]
+        last[:0] = memory[-_MOST_BESIDE:]
+        return locate_tensor(Ends(bytes(first), bytes(last), extent.length))
 
     def _check_length(self, extent: Extent, what: str) -> None:
         size = os.fstat(self._open(extent.file)).st_size
@@ -216,12 +224,14 @@ class DataFiles:
 
     def _check(self, extent: Extent, what: str, crc32: int) -> None:
         """Compare the checksum of a chunk that was read."""
-        self._progress(extent.length)
         if extent.crc32 is not None and crc32 != extent.crc32:
             raise DamagedError(
                 f"{self._folder / extent.file}, {what}: bytes {extent.start} to {extent.start + extent.length} have "
                 f"the checksum {crc32:08x}, and were saved with {extent.crc32:08x}: the file is damaged"
             )
+
+    def _note(self, extent: Extent) -> None:
+        self._progress(extent.length)
 
     def tensor(self, extent: Extent, what: str) -> Tensor:
         """A chunk as it was saved, on CPU; its memory is used again when the next one is read.
@@ -250,5 +260,7 @@ class DataFiles:
         if file not in self._descriptors:
             if len(self._descriptors) == _MOST_OPEN:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY)
+            self._descriptors[file] = descriptor = os.open(self._folder / file, os.O_RDONLY)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._descriptors[file]

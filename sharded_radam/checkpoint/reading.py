@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,6 @@ from sharded_radam.checkpoint.files import DataFiles, Extent, in_order
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.metadata import SavedTensor
 from sharded_radam.checkpoint.verification import check_coverage
-
-_AHEAD_BYTES = 32 * 2**20
-"""So much the disk may read before it is asked for."""
 
 
 class Target(NamedTuple):
@@ -82,7 +79,7 @@ def read(index: Index, reads: Reads) -> None:
         DamagedError: a chunk is not what was saved.
     """
     with DataFiles(index.folder) as files:
-        for extent in _ahead(files, in_order(reads)):
+        for extent in in_order(reads):
             copies = reads[extent]
             if _is_whole(index, copies) and files.read_into(extent, copies[0].key, copies[0].memory):
                 continue
@@ -97,18 +94,6 @@ def put_back(targets: Iterable[Target]) -> None:
     for target in targets:
         if target.is_live:
             target.memory.zero_()
-
-
-def _ahead(files: DataFiles, extents: Sequence[Extent]) -> Iterator[Extent]:
-    """The same, while the disk reads those that come next."""
-    num_bytes, ahead = 0, 0
-    for extent in extents:
-        while ahead < len(extents) and num_bytes < _AHEAD_BYTES:
-            files.prefetch(extents[ahead])
-            num_bytes += extents[ahead].length
-            ahead += 1
-        yield extent
-        num_bytes -= extent.length
 
 
 def _is_whole(index: Index, copies: Sequence[_Copy]) -> bool:
