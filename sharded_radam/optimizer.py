@@ -980,11 +980,17 @@ class ShardedRAdam(RAdam, Joinable):
         return ShadowSteps(self._shadow_step, self._leave_join)
 
     def _shadow_step(self) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        own = [param.grad for param in params]
+        for param in params:
+            param.grad = None  # a new tensor takes what another rank has
         self._joined = True
         try:
             self.step()
         finally:
             self._joined = False
+            for param, grad in zip(params, own, strict=True):
+                param.grad = grad
 
     def _leave_join(self) -> None:
         # Join itself leaves it enabled, and later steps would go on asking who has data.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,40 @@ def check_join(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_uneven_inputs(world_size: int) -> None:
     run(check_join, world_size)
+
+
+def check_join_leaves_no_gradients(rank: int, world_size: int) -> None:
+    """Gradients are dropped after each step, so one that was left behind by a joined rank would be added to."""
+
+    def loss(model: nn.Module, of: int, epoch: int, step: int) -> Tensor:
+        found: Tensor = model(batch(of, step + 9 * epoch)[0].flatten()[:20].view(4, 5)).square().mean()
+        return found
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 3))
+    reference = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = ShardedRAdam(wrapped.parameters(), lr=0.05, foreach=True)
+    radam = torch.optim.RAdam(reference.parameters(), lr=0.05, foreach=True)
+    for epoch in range(2):
+        with Join([wrapped, optimizer]):
+            for step in range(2 + rank):
+                loss(wrapped, rank, epoch, step).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+        assert all(param.grad is None for param in model.parameters())
+        for step in range(1 + world_size):
+            with_data = [of for of in range(world_size) if step < 2 + of]
+            sum(loss(reference, of, epoch, step) / world_size for of in with_data).backward()  # type: ignore[union-attr]
+            radam.step()
+            radam.zero_grad()
+        for ours, right in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_uneven_inputs_leave_no_gradients_behind(world_size: int) -> None:
+    run(check_join_leaves_no_gradients, world_size)
 
 
 def check_join_terminates(rank: int, world_size: int) -> None:
