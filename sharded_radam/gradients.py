@@ -18,6 +18,7 @@ when its other hooks have run too, which is when the next gradient comes or the 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import weakref
@@ -528,7 +529,6 @@ class _Hook(NamedTuple):
 
 _hooks: Any = WeakIdKeyDictionary()
 _alive: weakref.WeakSet[ShardedGradients] = weakref.WeakSet()
-_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Tensor) -> None:
@@ -540,7 +540,7 @@ def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Te
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:
     """Raise ValueError if DistributedDataParallel averages the gradients of these parameters."""
-    for module in _wrapped:
+    for module in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
         _check_disjoint(module, params)
 
 
@@ -555,7 +555,6 @@ def _check_disjoint(module: nn.Module, params: Sequence[Tensor]) -> None:
 
 def _on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
     if isinstance(module, DistributedDataParallel) and child is not None:
-        _wrapped.add(module)
         for gradients in _alive:
             _check_disjoint(child, [param for flat in gradients.flats for param in flat.params])
 
