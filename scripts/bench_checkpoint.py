@@ -5,7 +5,8 @@
 Peers take turns, round by round; a figure is that of the slowest rank, between two barriers, and the disk is idle when
 it begins. The limits are one process that writes the same bytes and waits for the disk, and ranks that read their parts
 of the bytes. ZeroRedundancyOptimizer, which takes a minute, comes last, twice, of which the first warms up. Loads are
-timed twice: with the files in the page cache, and after they were dropped.
+timed three times: into a new optimizer, as in a new process, with the files in the page cache, and after they were
+dropped; and into one that has taken steps, from the page cache.
 """
 
 from __future__ import annotations
@@ -59,14 +60,13 @@ class Model(nn.Module):
         self.weights = nn.ParameterList(peers.make_params(shapes, torch.device("cpu"), [None] * len(shapes)))
 
 
-def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """With state in which no bytes are zero."""
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Make state in which no bytes are zero."""
     for param in model.parameters():
         param.grad = torch.full_like(param, 0.25)
     optimizer.step()
     for param in model.parameters():
         param.grad = None
-    return optimizer
 
 
 class Peer:
@@ -74,18 +74,25 @@ class Peer:
 
     def __init__(self, kind: str, shapes: list[tuple[int, ...]]) -> None:
         self.kind = kind
-        model = Model(shapes)
-        if kind == OURS:
-            self.optimizer: Any = stepped(ShardedRAdam(model.named_parameters()), model)
-        elif kind == ZERO:
-            zero = ZeroRedundancyOptimizer(
+        self.shapes = shapes
+        self.renew()
+        if kind != PLAIN:
+            stepped(self.optimizer, self.model)
+
+    def renew(self) -> None:
+        """Build model and optimizer anew, as a new process does."""
+        if self.kind == PLAIN:
+            return
+        self.model = model = Model(self.shapes)
+        if self.kind == OURS:
+            self.optimizer: Any = ShardedRAdam(model.named_parameters())
+        elif self.kind == ZERO:
+            self.optimizer = ZeroRedundancyOptimizer(
                 model.parameters(), torch.optim.RAdam, parameters_as_bucket_view=True, foreach=True
             )
-            self.optimizer = stepped(zero, model)
-        elif kind == FSDP:
+        elif self.kind == FSDP:
             fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-            self.optimizer = stepped(torch.optim.RAdam(model.parameters(), foreach=True), model)
-        self.model = model
+            self.optimizer = torch.optim.RAdam(model.parameters(), foreach=True)
 
     def save(self, path: Path) -> None:
         if self.kind == OURS:
@@ -156,7 +163,10 @@ def measure(rounds: int, folder: Path, shapes: list[tuple[int, ...]]) -> dict[st
             path = folder / f"{kind.split()[0].strip(',')}-{round_}"
             dist.barrier()
             times = {"save": seconds(lambda p=peer, at=path: p.save(at))}  # type: ignore[misc]
+            peer.renew()
             times["load"] = seconds(lambda p=peer, at=path: p.load(at))  # type: ignore[misc]
+            times["load, running"] = seconds(lambda p=peer, at=path: p.load(at))  # type: ignore[misc]
+            peer.renew()
             if main:
                 drop_from_cache(path)
             times["load, not cached"] = seconds(lambda p=peer, at=path: p.load(at))  # type: ignore[misc]
@@ -193,7 +203,8 @@ def main() -> None:
     found = measure(options.rounds, options.folder, shapes)
     if dist.get_rank() == 0:
         medians = {kind: {name: statistics.median(t) for name, t in times.items()} for kind, times in found.items()}
-        names = ["save", "async save: training waits", "async save: committed", "load", "load, not cached"]
+        names = ["save", "async save: training waits", "async save: committed"]
+        names += ["load", "load, not cached", "load, running"]
         print(f"{'seconds (ratio to ours)':45}" + "".join(f"{name:>28}" for name in names) + f"{'MB':>10}")
         for kind, times in medians.items():
             row = [
