@@ -69,7 +69,6 @@ class CheckpointManager:
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: expected seconds above 0")
         self.folder = Path(folder)
-        self._keep = keep
         self._mode = best_mode
         self._peers = Peers.of(process_group)
         self._timeout = timeout
@@ -77,10 +76,7 @@ class CheckpointManager:
         self._staging = Staging()
         self._in_flight: Future[SaveReport] | None = None
         self.last_report: SaveReport | None = None
-        # On rank 0: what was loaded since the last save, and the branches of that save and of the one that is written.
-        self._loaded: retention.Record | None = None
-        self._branch: retention.Branch | None = None
-        self._writing: retention.Branch | None = None
+        self._history = retention.History(self.folder, keep, best_mode)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -192,7 +188,7 @@ class CheckpointManager:
             if data is not None:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
             number = directory.check_step(step)
-            notes, replaces = self._place(number, best) if self._peers.rank == 0 else ({}, False)
+            notes, replaces = self._history.place(number, best) if self._peers.rank == 0 else ({}, False)
             return Saved(nested, own, {"step": number}, notes, replaces)
 
         final = directory.step_path(self.folder, step)
@@ -203,40 +199,12 @@ class CheckpointManager:
         self._in_flight = self._thread.submit(self._write, save)
         return None
 
-    def _place(self, step: int, best: Any) -> tuple[dict[str, Any], bool]:
-        """On rank 0: what the manifest says of a save among others, and whether it replaces one."""
-        directory.recover(self.folder)
-        records = retention.read_records(self.folder)
-        branch = retention.next_branch(records, step, self._loaded, self._branch)
-        replaced = [record for record in records if record.step == step and not retention.is_on(record, branch)]
-        if replaced and replaced[0].is_protected:
-            raise ValueError(
-                f"there is a step {step}, which training has gone back from, and which is protected: protect({step}, "
-                "False) first, or save another number"
-            )
-        continues = self._loaded.step if self._loaded else self._branch[-1][1] if self._branch else None
-        notes: dict[str, Any] = {"written": retention.count(records), "branch": branch, "continues": continues}
-        if best is not None:
-            notes |= {"best": retention.number_of(best), "best_mode": self._mode}
-        self._writing = branch
-        return notes, bool(replaced)
-
     def _write(self, save: Save) -> SaveReport:
         report = save.write()
-        self._branch, self._loaded = self._writing, None
         if self._peers.rank == 0:
             logger.info("saved %s", report)
-            self._prune()
+            self._history.saved()
         return report
-
-    def _prune(self) -> None:
-        if self._keep is None:
-            return
-        try:
-            for step in retention.stale(retention.read_records(self.folder), self._keep, self._mode):
-                directory.remove(directory.step_path(self.folder, step))
-        except OSError as error:  # the new checkpoint is there: no reason to end the training
-            logger.warning("could not remove old checkpoints in %s: %s", self.folder, error)
 
     @property
     def is_saving(self) -> bool:
@@ -334,7 +302,7 @@ class CheckpointManager:
         path = directory.step_path(self.folder, step)
         restored = load_checkpoint(path, self._peers, self._timeout, prepare)
         if optimizer is not None:
-            self._loaded = loaded
+            self._history.loaded = loaded
         if self._peers.rank == 0:
             reports = (
                 [restored.optimizer] if restored.optimizer else [f"{k}: {v}" for k, v in restored.optimizers.items()]

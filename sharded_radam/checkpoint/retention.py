@@ -12,6 +12,7 @@ that was taken from it ("branch"). What was saved by earlier versions counts as 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from typing import Any
 
 import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.index import MANIFEST, read_info
+
+logger = logging.getLogger("sharded_radam")
 
 Branch = tuple[tuple[int, int], ...]
 """Number and last step of each branch on the way to a checkpoint; its own is the last."""
@@ -177,3 +180,55 @@ def number_of(value: Any) -> float | str:
     """A value to compare checkpoints by, as JSON can have it."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
+
+
+class History:
+    """Where a training is among the checkpoints of its folder, and what it does there; on rank 0.
+
+    Args:
+        folder, keep, mode: as :class:`CheckpointManager` has them.
+
+    ``loaded`` is what was loaded since the last save, to go on from it.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, mode: str) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._mode = mode
+        self.loaded: Record | None = None
+        self._before: Branch | None = None
+        self._writing: Branch | None = None
+
+    def place(self, step: int, value: Any) -> tuple[dict[str, Any], bool]:
+        """What the manifest is to say of a save among others, and whether it replaces one.
+
+        Raises:
+            ValueError: that one is protected, or the value is no number.
+            TypeError: the value is no number.
+        """
+        directory.recover(self._folder)
+        records = read_records(self._folder)
+        branch = next_branch(records, step, self.loaded, self._before)
+        replaced = [record for record in records if record.step == step and not is_on(record, branch)]
+        if any(record.is_protected for record in replaced):
+            raise ValueError(
+                f"there is a step {step}, which training has gone back from, and which is protected: protect({step}, "
+                "False) first, or save another number"
+            )
+        continues = self.loaded.step if self.loaded else self._before[-1][1] if self._before else None
+        notes: dict[str, Any] = {"written": count(records), "branch": branch, "continues": continues}
+        if value is not None:
+            notes |= {"best": number_of(value), "best_mode": self._mode}
+        self._writing = branch
+        return notes, bool(replaced)
+
+    def saved(self) -> None:
+        """What was placed last is committed: others may go."""
+        self._before, self.loaded = self._writing, None
+        if self._keep is None:
+            return
+        try:
+            for step in stale(read_records(self._folder), self._keep, self._mode):
+                directory.remove(directory.step_path(self._folder, step))
+        except OSError as error:  # the new checkpoint is there: no reason to end the training
+            logger.warning("could not remove old checkpoints in %s: %s", self._folder, error)
