@@ -1,0 +1,549 @@
+"""One operation has one verdict, on every rank, whoever is late, slow, stopped, killed, or fails in whatever way."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FileStore
+
+from sharded_radam import ShardedRAdam
+from sharded_radam.checkpoint import directory, files, loading, saving
+from sharded_radam.checkpoint.agreement import Agreement
+from sharded_radam.checkpoint.board import Board
+from sharded_radam.checkpoint.liveness import Acquaintance
+from sharded_radam.checkpoint.peers import Line, Peers
+from tests.ranks import CONTEXT
+
+# The state machine: ranks are threads of one process
+
+
+class Store:
+    """One that can be lost, as where the process that has it is killed."""
+
+    def __init__(self, store: Any = None) -> None:
+        self.store = store or cast("Any", dist).HashStore()
+        self.is_lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_lost:
+            raise RuntimeError("Broken pipe")
+        return getattr(self.store, name)
+
+
+def peers_of(store: Any, rank: int, world_size: int) -> Peers:
+    """A rank of a new process."""
+    board = Board(store)
+    others = range(1) if rank else range(1, world_size)
+    return Peers(rank, world_size, Line(board, Acquaintance(board, store, rank, others)))
+
+
+class Group:
+    """Ranks, each a thread; ``calls`` begins an action on some of them."""
+
+    def __init__(self, world_size: int, store: Any = None) -> None:
+        self.store = store or Store()
+        self.peers = [peers_of(self.store, rank, world_size) for rank in range(world_size)]
+        self._threads = ThreadPoolExecutor(4 * world_size)
+
+    def begin(self, action: Callable[[Peers], Any], *ranks: int) -> list[Future[Any]]:
+        return [self._threads.submit(attempt, action, self.peers[rank]) for rank in ranks or range(len(self.peers))]
+
+    def call(self, action: Callable[[Peers], Any], *ranks: int) -> list[Any]:
+        return [future.result(30) for future in self.begin(action, *ranks)]
+
+
+def attempt(action: Callable[..., Any], *args: Any) -> Any:
+    """What it returns, or the text of its error."""
+    try:
+        return action(*args)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def one(found: list[Any]) -> Any:
+    """What is the same for all."""
+    assert all(value == found[0] for value in found), found
+    return found[0]
+
+
+def operation(what: str = "saving a", timeout: float = 5.0) -> Callable[[Peers], Any]:
+    def act(peers: Peers) -> Any:
+        with Agreement(peers, what, timeout) as agreement:
+            offers = agreement.decide(peers.rank, decide=lambda offers: offers)
+            return agreement.decide(None, decide=lambda _: [*offers, "done"])
+
+    return act
+
+
+def works(group: Group, what: str = "saving b") -> bool:
+    return bool(one(group.call(operation(what))) == [*range(len(group.peers)), "done"])
+
+
+SIZES = [2, 3, 8]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world_size", SIZES)
+def test_operations_one_after_the_other_leave_nothing(world_size: int) -> None:
+    group = Group(world_size)
+    for _ in range(3):
+        assert works(group)
+    keys = group.store.num_keys()
+    for _ in range(5):
+        assert works(group)
+    assert group.store.num_keys() == keys
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize("again", ["saving a", "saving b"])
+def test_who_does_not_come_in_time_learns_what_came_of_it(world_size: int, again: str) -> None:
+    """Whichever it is, rank 0 too; and the next operation works, whether or not the late one ever came for this."""
+    for late in {0, 1, world_size - 1}:
+        for comes in (True, False):
+            group = Group(world_size)
+            assert works(group)
+            others = [rank for rank in range(world_size) if rank != late]
+            text = one(group.call(operation(timeout=0.3), *others))
+            assert text == (
+                f"CheckpointError: saving a: rank {late} did not come within 0.3 s: every rank of the process group "
+                "must make this call"
+            )
+            if comes:
+                assert group.call(operation(timeout=0.3), late) == [text]
+            assert works(group, again)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("late", [0, 2])
+def test_who_is_late_joins_if_the_others_call_again(late: int) -> None:
+    group = Group(3)
+    others = [rank for rank in range(3) if rank != late]
+    assert "did not come" in one(group.call(operation(timeout=0.2), *others))
+    waiting = group.begin(operation(), late)  # sees that it has failed
+    time.sleep(0.1)
+    waiting += group.begin(operation(), *others)
+    assert one([future.result(30) for future in waiting]) == [0, 1, 2, "done"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world_size", SIZES)
+def test_calls_that_differ(world_size: int) -> None:
+    group, last = Group(world_size), world_size - 1
+    waiting = group.begin(operation("loading x"), *range(last)) + group.begin(operation("saving y"), last)
+    text = one([future.result(30) for future in waiting])
+    assert f"rank 0 is loading x, rank {last} is saving y; all ranks must make the same call" in text
+    assert works(group)
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+PROBLEMS = {
+    "memory": (MemoryError("no memory"), "MemoryError: no memory"),
+    "own": (SpeechlessError(), "SpeechlessError"),
+    "recursion": (RecursionError("too deep"), "RecursionError: too deep"),
+    "not JSON": (None, "TypeError: Object of type set is not JSON serializable"),
+    "time-out": (None, "ValueError: timeout=-1: expected seconds above 0"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", PROBLEMS)
+@pytest.mark.parametrize("failing", [0, 2])
+def test_every_problem_is_said(kind: str, failing: int) -> None:
+    problem, text = PROBLEMS[kind]
+
+    def act(peers: Peers) -> None:
+        is_own = peers.rank == failing
+        with Agreement(peers, "saving a", -1 if is_own and kind == "time-out" else 5.0) as agreement:
+            agreement.decide({1} if is_own and kind == "not JSON" else 1, problem if is_own else None)
+
+    group = Group(3)
+    assert one(group.call(act)) == f"CheckpointError: saving a: rank {failing}: {text}"
+    assert works(group)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_is_interrupted(failing: int, stage: int) -> None:
+    """Between two stages, by what is no Exception: the others need not wait for its time-out."""
+
+    def act(peers: Peers) -> None:
+        with Agreement(peers, "saving a", 20.0) as agreement:
+            for number in (1, 2):
+                if peers.rank == failing and number == stage:
+                    raise KeyboardInterrupt
+                agreement.decide(None)
+
+    group = Group(3)
+    found = group.call(act)
+    assert found.pop(failing) == "KeyboardInterrupt: "
+    assert one(found) == f"CheckpointError: saving a: rank {failing}: KeyboardInterrupt: "
+    assert works(group)
+
+
+class Deed:
+    """What counts beyond the store: done once or withdrawn once, as a rename."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.state = "open"
+
+    def _become(self, state: str) -> str:
+        with self._lock:
+            if self.state == "open":
+                self.state = state
+            return self.state
+
+    def do(self) -> None:
+        if self._become("done") != "done":
+            raise FileNotFoundError("it was taken away")
+
+    def settle(self) -> bool:
+        return self._become("withdrawn") == "done"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize("moment", ["before its post", "before it is done", "after it is done"])
+def test_rank_0_is_silent_where_it_counts(world_size: int, moment: str) -> None:
+    """For longer than any time-out; then it goes on. All say the same, and that is what there is."""
+    deed = Deed()
+
+    def act(peers: Peers) -> str:
+        agreement = Agreement(peers, "saving a", 0.3)
+
+        def is_silent(now: str) -> None:
+            if peers.rank == 0 and now == moment:
+                agreement._watch.stop()  # beats no more, as if it was stopped
+                time.sleep(1.2)
+
+        def decide(offers: list[Any]) -> None:
+            is_silent("before it is done")
+            deed.do()
+            is_silent("after it is done")
+
+        is_silent("before its post")
+        with agreement:
+            agreement.decide(None, decide=decide, settle=deed.settle)
+        return "saved"
+
+    group = Group(world_size)
+    verdict = one(group.call(act))
+    if moment == "after it is done":
+        assert (verdict, deed.state) == ("saved", "done")
+    else:
+        assert verdict.startswith("CheckpointError: saving a: rank 0 has been silent for 0.3 s")
+        assert deed.state == "withdrawn"
+    assert works(group)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_done", [True, False])
+def test_the_store_is_lost_where_it_counts(is_done: bool) -> None:
+    """Rank 0 has it, and is killed: the others know from what was done."""
+    group, deed = Group(3), Deed()
+
+    def act(peers: Peers) -> str:
+        def decide(offers: list[Any]) -> None:
+            if is_done:
+                deed.do()
+            group.store.is_lost = True
+
+        Agreement(peers, "saving a", 5.0).decide(None, decide=decide, settle=deed.settle)
+        return "saved"
+
+    verdict = one(group.call(act))
+    if is_done:
+        assert verdict == "saved"
+    else:
+        assert verdict.startswith("CheckpointError: saving a: the store by which ranks talk is gone")
+    assert deed.state == ("done" if is_done else "withdrawn")
+    assert "the store by which ranks talk is gone" in one(group.call(operation()))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("stage", ["called", "answered", "come", "begun"])
+def test_a_store_that_outlives_its_ranks(stage: str) -> None:
+    """They end in the middle of an operation and come back as new processes: nothing of that is read."""
+    store = Store()
+    group = Group(3, store)
+    assert works(group)
+
+    who = {"called": [1], "answered": [0], "come": [0, 2], "begun": [0, 1, 2]}[stage]
+
+    def act(peers: Peers) -> None:
+        agreement = Agreement(peers, "saving a", 100.0)
+        time.sleep(0.6)
+        agreement.decide(None)
+
+    began = group.begin(act, *who)
+    time.sleep(0.3)
+    store.is_lost = True  # for them: they say nothing any more
+    new = Group(3, Store(store.store))
+    assert works(new, "saving a")
+    assert works(new, "saving b")
+    assert all("the store by which ranks talk is gone" in future.result(30) for future in began)
+
+
+def test_a_slow_rank_is_not_given_up() -> None:
+    """It takes three times as long as the time-out, in each stage, on each rank in turn."""
+
+    def act(peers: Peers) -> str:
+        with Agreement(peers, "saving a", 0.5) as agreement:
+            for stage in range(3):
+                if peers.rank == stage:
+                    time.sleep(1.5)
+                agreement.check()
+                agreement.decide(None)
+        return "saved"
+
+    assert one(Group(3).call(act)) == "saved"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_comes_back_as_a_new_process(victim: int) -> None:
+    """It has ended within an operation: the others give it up, and go on with the new one."""
+    store = Store()
+    group, theirs = Group(3, store), Store(store.store)
+    assert works(group)
+    group.peers[victim] = peers_of(theirs, victim, 3)
+
+    def act(peers: Peers) -> None:
+        agreement = Agreement(peers, "saving a", 0.4)
+        if peers.rank == victim:
+            theirs.is_lost = True
+        agreement.decide(None)
+
+    found = group.call(act)
+    assert "the store by which ranks talk is gone" in found.pop(victim)
+    assert one(found).startswith(f"CheckpointError: saving a: rank {victim} has been silent for 0.4 s")
+    group.peers[victim] = peers_of(store, victim, 3)
+    assert works(group, "saving a")
+
+
+# Real processes
+
+
+def rank_process(rank: int, world_size: int, place: str | int, kind: str, pipe: Connection) -> None:
+    """Does what it is told through the pipe, as a rank of a group."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    stores: Any = dist
+    if kind == "file":
+        store = FileStore(str(place), world_size)
+    elif kind == "tcp of rank 0" and rank == 0:
+        store = stores.TCPStore("127.0.0.1", place, is_master=True, wait_for_workers=False)
+    else:
+        store = stores.TCPStore("127.0.0.1", place)
+    if kind == "prefix":
+        store = stores.PrefixStore("attempt_1", stores.PrefixStore("worker", store))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=dt.timedelta(seconds=60))
+    while True:
+        function, args = pipe.recv()
+        pipe.send(attempt(function, rank, world_size, *args))
+
+
+class Ranks:
+    """Processes that are asked; one that was killed answers "killed"."""
+
+    def __init__(self, world_size: int, kind: str, folder: Path) -> None:
+        stores: Any = dist
+        self._server = stores.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = str(folder / "store") if kind == "file" else self._server.port
+        if kind == "tcp of rank 0":
+            place, self._server = self._server.port, None
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=rank_process, args=(rank, world_size, place, kind, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        self.tell(function, *args)
+        return [self.hear(rank) for rank in range(len(self.pipes))]
+
+    def tell(self, function: Callable[..., Any], *args: Any) -> None:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+
+    def hear(self, rank: int, seconds: float = 40.0) -> Any:
+        assert self.pipes[rank].poll(seconds), f"rank {rank} hangs"
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            return "killed"
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def ranks(world_size: int, kind: str, folder: Path) -> Iterator[Ranks]:
+    started = Ranks(world_size, kind, folder)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+def stop_here() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@functools.cache
+def small() -> ShardedRAdam:
+    torch.manual_seed(0)
+    return ShardedRAdam(nn.Linear(7, 5).named_parameters())
+
+
+def save(rank: int, world_size: int, path: str, timeout: float) -> str:
+    small().save(path, timeout=timeout)
+    return "saved"
+
+
+def load(rank: int, world_size: int, path: str, timeout: float) -> str:
+    small().load(path, timeout=timeout)
+    return "loaded"
+
+
+def at(place: str, then: Callable[[], object]) -> Callable[[], None]:
+    """Let something happen at a place of the next operation of this process, once; returns what ends that."""
+    owner, name, after = {
+        "come": (saving, "contents", False),
+        "write": (files.DataFile, "__init__", False),
+        "commit": (directory, "commit", False),
+        "committed": (directory, "commit", True),
+        "read": (loading, "read", False),
+    }[place]
+    original = getattr(owner, name)
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, original)
+        result = original(*args, **kwargs) if after else None
+        then()
+        return result if after else original(*args, **kwargs)
+
+    setattr(owner, name, instead)
+    return lambda: setattr(owner, name, original)
+
+
+def with_victim(
+    rank: int, world_size: int, victim: int, place: str, then: Callable[[], object], action: Any, *args: Any
+) -> Any:
+    if rank == victim and place == "before":
+        then()
+    undo = at(place, then) if rank == victim and place != "before" else lambda: None
+    try:
+        return action(rank, world_size, *args)
+    finally:
+        undo()
+
+
+KILLED = [
+    (2, "file", 0, "come"),
+    (2, "file", 0, "commit"),
+    (2, "file", -1, "before"),
+    (3, "prefix", 0, "committed"),
+    (3, "prefix", -1, "write"),
+    (3, "tcp of rank 0", 0, "commit"),
+    (3, "tcp of rank 0", 0, "committed"),
+    (8, "tcp", 0, "write"),
+    (8, "tcp", -1, "before"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "kind", "victim", "place"), KILLED)
+def test_a_killed_rank_is_noticed(tmp_path: Path, world_size: int, kind: str, victim: int, place: str) -> None:
+    """Long before the time-out, with one verdict, which is what there is on the disk."""
+    victim %= world_size
+    with ranks(world_size, kind, tmp_path) as group:
+        assert one(group.ask(save, str(tmp_path / "a"), 600.0)) == "saved"
+        found = group.ask(with_victim, victim, place, die, save, str(tmp_path / "b"), 600.0)
+    assert found.pop(victim) == "killed"
+    text = one(found)
+    if place == "committed":
+        assert text == "saved"
+    elif victim == 0 and kind == "tcp of rank 0":
+        assert "the store by which ranks talk is gone" in text
+    else:
+        assert f"rank {victim} has ended: it was killed, or failed before" in text
+    assert (tmp_path / "b").exists() == (place == "committed")
+    assert not [*tmp_path.glob(".b.*")]
+
+
+STOPPED = [
+    (2, "tcp", [(0, "before"), (0, "commit"), (-1, "write")]),
+    (3, "file", [(0, "write"), (0, "committed"), (-1, "come")]),
+    (8, "prefix", [(0, "commit"), (-1, "write")]),
+]
+
+
+@pytest.mark.parametrize(("world_size", "kind", "cases"), STOPPED)
+def test_a_stopped_rank_is_given_up(tmp_path: Path, world_size: int, kind: str, cases: list[tuple[int, str]]) -> None:
+    """When it wakes up it says the same and does no harm, and the next save works."""
+    with ranks(world_size, kind, tmp_path) as group:
+        assert one(group.ask(save, str(tmp_path / "a"), 30.0)) == "saved"
+        for number, (victim, place) in enumerate(cases):
+            check_stopped(group, tmp_path / str(number), victim % world_size, place)
+
+
+def check_stopped(group: Ranks, folder: Path, victim: int, place: str) -> None:
+    group.tell(with_victim, victim, place, stop_here, save, str(folder / "b"), 1.2)
+    text = one([group.hear(rank) for rank in range(len(group.pipes)) if rank != victim])
+    pid = group.processes[victim].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGCONT)
+    assert group.hear(victim) == text
+    if place == "committed":
+        assert text == "saved"
+    else:
+        assert f"rank {victim} " + ("did not come" if place == "before" else "has been silent for 1.2 s") in text
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    assert there == ({"b"} if text == "saved" else set())
+    assert one(group.ask(save, str(folder / "c"), 30.0)) == "saved"
+    assert one(group.ask(load, str(folder / "c"), 30.0)) == "loaded"
+
+
+def slow() -> None:
+    time.sleep(2.5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_a_disk_that_is_slower_than_the_time_out(tmp_path: Path, world_size: int) -> None:
+    with ranks(world_size, "file", tmp_path) as group:
+        for victim in {0, world_size - 1}:
+            path = str(tmp_path / f"{victim}")
+            assert one(group.ask(with_victim, victim, "write", slow, save, path, 1.0)) == "saved"
+            assert one(group.ask(with_victim, victim, "read", slow, load, path, 1.0)) == "loaded"
+        path = str(tmp_path / "c")
+        assert one(group.ask(with_victim, 0, "commit", slow, save, path, 1.0)) == "saved"
