@@ -410,14 +410,8 @@ class Trainer:
         if self.manager is None:
             save_file(self.options.save, self.net, self.optimizer, step)
         else:
-            self.settle()
             # The position in the text is the step.
             self.manager.save(step, model=self.model, optimizer=self.optimizer, data={"step": step}, blocking=False)
-
-    def settle(self) -> None:
-        """Wait until the save in flight is done on all ranks: by collectives, which fail as soon as a rank is gone."""
-        while self.manager and self.sum(self.manager.is_saving)[0]:
-            time.sleep(0.02)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
@@ -556,7 +550,6 @@ class Trainer:
     def finish(self) -> None:
         """Wait for the last checkpoint, then leave the process group together."""
         if self.manager:
-            self.settle()
             self.manager.close()
             if self.rank == 0 and self.manager.last_report:
                 print(f"saved {self.manager.last_report}", flush=True)
@@ -592,7 +585,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=100)
     add("--save", type=Path, help="folder for checkpoints, saved at the end and every --save-every steps")
     add("--save-every", type=int, default=1000)
-    add("--save-timeout", type=float, default=600.0, help="seconds to wait for a rank that does not join a save")
+    add(
+        "--save-timeout",
+        type=float,
+        default=600.0,
+        help="seconds to wait for a rank that does not join a save, or is silent",
+    )
     add("--keep", type=int, default=3, help="number of checkpoints to keep")
     add("--resume", type=Path, help="folder of whose latest checkpoint to go on, saved at any number of ranks")
     add("--auto-resume", action="store_true", help="go on from the latest checkpoint of --save, if there is one")

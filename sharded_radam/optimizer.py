@@ -872,7 +872,7 @@ class ShardedRAdam(RAdam, Joinable):
             path: of the directory, on a file system that all ranks share. It must not exist.
             model: whose parameters' names to use; needed only if the optimizer was built without names and the
                 checkpoint is to be loaded by name.
-            timeout: seconds to wait for a rank that does not come.
+            timeout: seconds to wait for a rank that does not come, or is silent; a slow disk is waited for.
 
         Raises:
             CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
@@ -900,7 +900,7 @@ class ShardedRAdam(RAdam, Joinable):
             strict: whether missing, unexpected and mismatched parameters are errors; they are in the report otherwise,
                 and what is missing or mismatched is left as it is.
             prefix: the key that the optimizer was saved under, where there are several in the checkpoint.
-            timeout: seconds to wait for a rank that does not come.
+            timeout: seconds to wait for a rank that does not come, or is silent; a slow disk is waited for.
 
         Raises:
             CheckpointError: on every rank the same: no checkpoint, a damaged one, or other parameters. The optimizer is

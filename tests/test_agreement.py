@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +22,14 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import directory, files, loading, saving
 from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.board import Board
+from sharded_radam.checkpoint.contents import Staging
 from sharded_radam.checkpoint.liveness import Acquaintance
 from sharded_radam.checkpoint.peers import Line, Peers
-from tests.ranks import CONTEXT
+from tests.ranks import CONTEXT, WORLD_SIZES, run
 
 # The state machine: ranks are threads of one process
 
@@ -547,3 +549,167 @@ def test_a_disk_that_is_slower_than_the_time_out(tmp_path: Path, world_size: int
             assert one(group.ask(with_victim, victim, "read", slow, load, path, 1.0)) == "loaded"
         path = str(tmp_path / "c")
         assert one(group.ask(with_victim, 0, "commit", slow, save, path, 1.0)) == "saved"
+
+
+# What may differ between ranks, and what rank 0 does alone
+
+
+def texts(world_size: int, text: str) -> list[Any]:
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, text)
+    return found
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def check_bad_input(rank: int, world_size: int, folder: str) -> None:
+    import numpy as np
+
+    place, last, model = Path(folder, str(world_size)), world_size - 1, nn.Linear(7, 5)
+    with CheckpointManager(place, timeout=60) as manager:
+        number = 1
+
+        def fails(match: str, *, step: Any = None, blocking: bool = True, **parts: Any) -> None:
+            """At the call, on all ranks in the same words; nothing is left, and the next save works."""
+            nonlocal number
+            number += 1
+            text = attempt(lambda: manager.save(number if step is None else step, blocking=blocking, **parts))
+            assert one(texts(world_size, text)).startswith("CheckpointError: saving "), text
+            assert re.search(match, text), text
+            assert not place.exists() or not [*place.glob(".*")]
+            manager.save(number, model=model, user=number)
+            dist.barrier()
+
+        for blocking in (True, False):
+            fails("user: it cannot be saved: .*lambda", user={"f": lambda: 0}, blocking=blocking)
+            for bad in ("a", 1.5, -1, None.__class__):
+                step = bad if rank == last else number + 1
+                fails("step=|all ranks must make the same call", step=step, blocking=blocking)
+                fails("step=.*: expected a whole number from 0 on", step=bad, blocking=blocking)
+            with replaced(saving, "contents", raising(MemoryError("none"))) if rank == last else nullcontext():
+                text = attempt(functools.partial(manager.save, 10**6, blocking=blocking))
+            assert f"rank {last}: MemoryError: none" in one(texts(world_size, text))
+            fails("unhashable", data=UnhashableState() if rank == last else None, blocking=blocking)
+        with replaced(Staging, "copy", raising(MemoryError("no copy"))) if rank == last else nullcontext():
+            text = attempt(lambda: manager.save(10**6, model=model, blocking=False))
+        assert f"rank {last}: MemoryError: no copy" in one(texts(world_size, text))
+        for whole in (np.int64(1000), torch.tensor(1001), np.uint8(200), True):
+            manager.save(whole, model=model)  # type: ignore[arg-type]
+        dist.barrier()
+        assert {1, 200, 1000, 1001} <= set(manager.steps())
+        assert manager.load_latest(model=model).step == 1001  # type: ignore[union-attr]
+    long = CheckpointManager(f"/tmp/{'x' * 300}", timeout=60)
+    assert "File name too long" in one(texts(world_size, attempt(lambda: long.save(1, model=model))))
+
+
+class UnhashableState:
+    def state_dict(self) -> Any:
+        return {[]: 1}
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES, 8])
+def test_bad_input_is_an_error_at_the_call_on_all_ranks(tmp_path: Path, world_size: int) -> None:
+    run(check_bad_input, world_size, str(tmp_path))
+
+
+def fsync_of_files(path: Path) -> None:
+    """Of what is being written; not of the folder that it is in."""
+    if not any(part.endswith(".unfinished") for part in path.parts):
+        raise PermissionError(13, "Permission denied")
+
+
+def check_rank_0(rank: int, world_size: int, folder: str) -> None:
+    place, model = Path(folder, str(world_size)), nn.Linear(7, 5)
+    failing = OSError(5, "Input/output error")
+    fails = raising(failing)
+    manager = CheckpointManager(place, keep=2, timeout=60)
+    manager.save(1, model=model)
+
+    def only_now(owner: Any, name: str, action: Callable[[], Any]) -> str:
+        with replaced(owner, name, fails) if rank == 0 else nullcontext():
+            return str(one(texts(world_size, attempt(lambda: type(action()).__name__))))
+
+    # Before the rename: no checkpoint. The folder is looked at, made, and its files are brought to the disk.
+    for number, (owner, name) in enumerate([(os.path, "lexists"), (directory, "begin"), (saving, "write_index")], 2):
+        text = only_now(owner, name, lambda: manager.save(number, model=model))  # noqa: B023
+        assert text.endswith("OSError: [Errno 5] Input/output error"), text
+        assert [path.name for path in place.iterdir()] == ["step_1"]
+        dist.barrier()
+    looking: list[tuple[Any, str, Callable[[], Any]]] = [
+        (directory, "committed_steps", functools.partial(manager.load_latest, model=model)),
+        (loading, "read_index", functools.partial(manager.load, 1, model=model)),
+    ]
+    for owner, name, action in looking:
+        assert "Input/output error" in only_now(owner, name, action)
+        dist.barrier()
+        assert action().step == 1
+    # After it: there is one, so it is no failure.
+    with replaced(directory, "fsync", fsync_of_files) if rank == 0 else nullcontext():
+        manager.save(7, model=model)
+    assert only_now(directory, "remove", lambda: manager.save(8, model=model)) == "SaveReport"
+    assert only_now(manager, "steps", lambda: manager.save(9, model=model)) == "SaveReport"
+    dist.barrier()
+    assert {8, 9} <= set(manager.steps())
+    manager.save(10, model=model)
+    dist.barrier()
+    assert manager.steps() == [9, 10]
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES, 8])
+def test_what_rank_0_does_alone_may_fail(tmp_path: Path, world_size: int) -> None:
+    run(check_rank_0, world_size, str(tmp_path))
+
+
+def check_two_groups(rank: int, world_size: int, folder: str) -> None:
+    """One saves while the other does: the second is told so, and takes nothing away."""
+    half = world_size // 2
+    groups = [dist.new_group([*range(half)]), dist.new_group([*range(half, world_size)])]
+    is_second = rank >= half
+    optimizer = ShardedRAdam(nn.Linear(7, 5).named_parameters(), process_group=groups[is_second])
+    path = Path(folder, str(world_size), "a")
+    barrier = Peers.of(None)
+
+    def wait() -> None:
+        with Agreement(barrier, "waiting", 60.0):
+            pass
+
+    def write(self: saving.Save) -> list[Any]:
+        wait()  # the first is writing
+        wait()  # the second has failed
+        return write_file(self)
+
+    write_file = saving.Save._write_file
+    if is_second:
+        wait()
+        text = attempt(lambda: optimizer.save(path, timeout=60))
+        assert "a is being saved by another process: save from one process group, or to another path each" in text
+        manager = CheckpointManager(path.parent, process_group=groups[1], timeout=60)
+        manager.save(1, optimizer=optimizer)  # removes all leftovers of the folder, and this is none
+        wait()
+    else:
+        with replaced(saving.Save, "_write_file", write):
+            optimizer.save(path, timeout=60)
+    dist.barrier()
+    optimizer.load(path, timeout=60)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a", "step_1"]
+    assert not (path / ".lock").exists()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_two_groups_save_to_one_folder(tmp_path: Path, world_size: int) -> None:
+    run(check_two_groups, world_size, str(tmp_path))

@@ -187,7 +187,6 @@ def test_hosts_come_and_go(tmp_path: Path, uninterrupted: dict[int, float]) -> N
     timings = "--rdzv-conf=store_type=file,last_call_timeout=1,keep_alive_interval=1"
     launch = (*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.1")
     command = (*launch, *rendezvous, timings, "--local-addr=127.0.0.1", *flags(tmp_path, 10**6, save_every=5))
-    command += ("--save-timeout", 15)  # the launcher that is left does not know, and ends nobody
 
     def sizes() -> list[int]:
         """World sizes in the order of starts."""

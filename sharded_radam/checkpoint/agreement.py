@@ -124,6 +124,7 @@ class Agreement:
             self._watch.begin(self._operation.token, self._peers.rank)
             verdict = self._take_part(post, _expect_one_call)
         self._value(verdict, problem)
+        line.known.meet(self._addresses.values())
 
     # Stages
 

@@ -22,6 +22,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,10 @@ def _host() -> str:
     return ""
 
 
+def _is_own_to_each_host(address: Address) -> bool:
+    return ipaddress.ip_address(address.ip.partition("%")[0]).is_loopback
+
+
 def _empty_queues() -> None:
     """Drop who has connected to this process: the queue is finite. Who still waits connects again."""
     for listener in _listeners.values():
@@ -123,6 +128,7 @@ class Acquaintance:
         self._board, self._store, self._rank = board, store, rank
         self._pid = 0
         self.met: set[Address] = set()
+        self._tried: set[Address] = set()
         self.arrive()
         known = [address for other in others if (address := self.address(other)) and self.is_near(address)]
         self.nobodys = {address for address in known if not self._answers(address)}
@@ -145,6 +151,16 @@ class Acquaintance:
     def is_near(self, address: Address) -> bool:
         """Whether a process is on this host, where nothing but its end keeps connections away."""
         return address.host == _host() != ""
+
+    def meet(self, addresses: Iterable[Address | None]) -> None:
+        """Connect once to processes of other hosts: who could be reached once and cannot any more has ended.
+
+        On a thread, since what a firewall drops takes a second each.
+        """
+        new = {a for a in addresses if a and not self.is_near(a) and not _is_own_to_each_host(a)} - self._tried
+        self._tried |= new
+        if new:
+            threading.Thread(target=lambda: [*map(self._answers, new)], name="sharded_radam-meet", daemon=True).start()
 
     def _answers(self, address: Address) -> bool:
         try:
@@ -227,7 +243,7 @@ class Watch:
         """Whether the process that listened at an address has certainly ended."""
         if address is None or address in self._known.nobodys or address in self._unreachable:
             return False
-        if not self._known.is_near(address) and ipaddress.ip_address(address.ip).is_loopback:
+        if not self._known.is_near(address) and _is_own_to_each_host(address):
             return False
         connection = self._connections.get(address)
         if connection is not None:

@@ -50,7 +50,7 @@ class CheckpointManager:
             first those that training has gone back from, the oldest first, then the smallest steps. None for all.
         best_mode: whether the best of what ``save(best=)`` was given is the smallest, "min", or the largest, "max".
         process_group: whose ranks save together; the default one if None.
-        timeout: seconds to wait for a rank that does not come.
+        timeout: seconds to wait for a rank that does not come, or is silent; a slow disk is waited for.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class CheckpointManager:
             best: a number by which checkpoints are compared, rank 0's, see ``best_mode``; NaN is never the best.
             blocking: if False, this returns as soon as there is a copy of this rank's part in host memory, which is
                 kept for the next save until ``close``; what was saved may then change. One save is in flight at a
-                time: the next one waits for it. Errors come from the next call, or from ``close``.
+                time: the next one waits for it. What fails while it is written comes from the next call, or ``close``.
 
         Returns:
             What it took, None if not blocking; ``last_report`` has it once it is committed.
