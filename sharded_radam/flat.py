@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sharded_radam.memory import as_real, dim_order, flatten, is_dense, unflatten, window, zeros
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
+from sharded_radam.radam import follow_
 from sharded_radam.ranges import RangeTensor
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -184,6 +185,25 @@ class Flat:
                 if ranges is None or not source.is_set_to(local):  # it was read into its place
                     local.copy_(source)
         self._complete_state(slot, tensors)
+
+    def follow(self) -> None:
+        """Masters follow parameters that somebody else changed, as they do in the next step."""
+        for own in (own for pieces in self.pieces for own in pieces):
+            if own.master is not None:
+                if not self.as_views:
+                    self._copy_in(own)
+                follow_(own.master, own.param)
+
+    def adopt_master(self, slot: int, master: Tensor) -> bool:
+        """Let a parameter that is not of half precision be what it was rounded from, wherever it is that.
+
+        Elsewhere it was changed since: weights were loaded from something else. Returns whether it is so anywhere.
+        """
+        param = self.params[slot].detach()
+        wide = master.to(param)
+        is_rounded = (wide.to(torch.bfloat16) == param) | (wide.to(torch.float16) == param) | (wide == param)
+        param.copy_(torch.where(is_rounded, wide, param))
+        return bool(is_rounded.any())
 
     def set_local_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """The same for tensors shaped as ``local_state``."""

@@ -36,6 +36,7 @@ from sharded_radam.overlap import Arrivals
 from sharded_radam.overview import Stats, ownership, stats
 from sharded_radam.plan import ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+from sharded_radam.ranges import RangeTensor
 from sharded_radam.replicas import compare, facts
 from sharded_radam.steps import Cohort, count_step, set_counts
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
@@ -833,8 +834,13 @@ class ShardedRAdam(RAdam, Joinable):
 
     @torch.inference_mode(False)  # what is loaded takes steps later
     @torch.no_grad()
-    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry | None]]) -> None:
-        """Take over what was checked before; parameters without an entry keep their state."""
+    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry | None]]) -> int:
+        """Take over what was checked before; parameters without an entry keep their state.
+
+        Returns:
+            Of how many parameters, which are not of half precision, the weights are now the saved masters.
+        """
+        from_masters = 0
         self._wait_for_parameters()
         self.param_groups = groups
         self._consolidated = None
@@ -842,11 +848,16 @@ class ShardedRAdam(RAdam, Joinable):
             counts = []
             for slot, (param, entry) in enumerate(zip(flat.params, flat_entries, strict=True)):
                 if entry is not None:
-                    flat.set_state(slot, entry.tensors)
+                    tensors = dict(entry.tensors or {})
+                    master = tensors.pop("master", None) if not flat.is_half else None
+                    if master is not None and not isinstance(master, RangeTensor):
+                        from_masters += flat.adopt_master(slot, master)
+                    flat.set_state(slot, tensors)
                     self._load_own(param, entry.own)
                     self.state[param].update(flat.local_state[slot])
                 counts.append(float(self.state[param]["step"]) if entry is None else entry.step)
             set_counts(self.state, flat.params, counts, self._counter_device(flat))
+        return from_masters
 
     def _load_own(self, param: Tensor, own: dict[Any, Any]) -> None:
         """What a user keeps of a parameter; copied, unless it was loaded in place."""
@@ -856,6 +867,32 @@ class ShardedRAdam(RAdam, Joinable):
         for key, value in own.items():
             if key not in state or state[key] is not value:
                 state[key] = copied(value, param.device)
+
+    @torch.no_grad()
+    def full_precision_state_dict(self, model: nn.Module, to: int = 0) -> dict[str, Any] | None:
+        """Collective: the state dict of a half-precision model as it would be in fp32, on one rank.
+
+        Parameters are their fp32 masters; what has none (other parameters, buffers) is converted. Tensors of full
+        precision, integers and extra state are as they are. Beyond the result, rank ``to`` allocates one bucket.
+
+        Args:
+            model: the model, wrapped or not; names have no prefix of a wrapper, and a tied weight has each of its names
+                with one tensor for all.
+            to: rank of the process group that gets it.
+
+        Returns:
+            Copies on CPU on rank ``to``, for ``load_state_dict`` of an fp32 model; None elsewhere.
+        """
+        if not 0 <= to < self._network.world_size:
+            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
+        self._wait_for_parameters()
+        masters: dict[Tensor, Tensor] = {}
+        for flat in (flat for flat in self._flats if flat.is_half):
+            self._take_back_state(flat)
+            flat.follow()
+            gathered = states.gather_flat(flat, self._network, to, torch.device("cpu"), ("master",))
+            masters |= {p: t["master"] for p, t in zip(flat.params, gathered or [], strict=gathered is not None)}
+        return states.full_precision(model, masters) if self._network.rank == to else None
 
     # Checkpoints
 

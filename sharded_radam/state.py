@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import _get_scalar_dtype
 
 from sharded_radam.flat import Flat
 from sharded_radam.memory import unflatten
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.transport import Transport
-from sharded_radam.values import plain, without_numpy
+from sharded_radam.values import is_dense_tensor, plain, without_numpy
 
 KINDS = ("step", "exp_avg", "exp_avg_sq", "master")
 """What this optimizer keeps of a parameter; all other keys of its state are users' own."""
@@ -90,13 +90,34 @@ def _copy(value: Any, name: str) -> Any:
     return deepcopy(plain(value, name))
 
 
+def full_precision(model: nn.Module, masters: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+    """The state dict of a model with fp32 tensors in the place of half-precision ones, masters where there are some."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    params = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    copies: dict[int, Tensor] = {}
+
+    def wide(name: str, value: Any) -> Any:
+        if not is_dense_tensor(value):
+            return value
+        source = params.get(name, value)
+        if id(source) not in copies:
+            is_half = value.dtype in (torch.float16, torch.bfloat16)
+            copy = value.detach().to("cpu", torch.float32 if is_half else value.dtype, copy=True)
+            copies[id(source)] = masters.get(source, copy)
+        return copies[id(source)]
+
+    state = get_model_state_dict(model)
+    return {name: wide(name, value) for name, value in state.items()}
+
+
 def export_step(step: Tensor) -> Tensor:
     """A step counter in torch's type; ours counts in float64, since float32 stops at 2^24."""
     return step.detach().to(_get_scalar_dtype(), copy=True)  # type: ignore[no-untyped-call]
 
 
 def gather_flat(
-    flat: Flat, transport: Transport, to: int | None, device: torch.device
+    flat: Flat, transport: Transport, to: int | None, device: torch.device, kinds: Sequence[str] = KINDS
 ) -> list[dict[str, Tensor]] | None:
     """Collective: the whole state of a flat's slots, shaped as the parameters.
 
@@ -107,20 +128,22 @@ def gather_flat(
         transport: of its ranks.
         to: the rank that gets it, the others get None; all if it is None.
         device: of the result.
+        kinds: what of the state.
     """
+    state = {name: local for name, local in flat.state.items() if name in kinds}
     if to is not None and transport.rank != to:
-        for name, bucket in _name_and_bucket(flat):
+        for name, bucket in _name_and_bucket(flat, state):
             transport.gather(flat.shard_state(name, bucket), None, to)
         return None
     found = [
-        {name: torch.empty(slot.numel, dtype=local.dtype, device=device) for name, local in flat.state.items()}
+        {name: torch.empty(slot.numel, dtype=local.dtype, device=device) for name, local in state.items()}
         for slot in flat.plan.slots
     ]
     any_state = flat.state["exp_avg"]
     staging = torch.empty(
         flat.plan.bucket_numel if flat.plan.numel else 0, dtype=any_state.dtype, device=any_state.device
     )
-    for name, bucket in _name_and_bucket(flat):
+    for name, bucket in _name_and_bucket(flat, state):
         start, stop = flat.plan.bucket_range(bucket)
         _gather_bucket(flat.shard_state(name, bucket), staging[: stop - start], transport, to)
         for slot, tensors in zip(flat.plan.slots, found, strict=True):
@@ -142,8 +165,8 @@ def _gather_bucket(shard: Tensor, bucket: Tensor, transport: Transport, to: int 
         handle.wait()
 
 
-def _name_and_bucket(flat: Flat) -> Iterator[tuple[str, int]]:
-    return ((name, bucket) for name in flat.state for bucket in range(flat.plan.num_buckets))
+def _name_and_bucket(flat: Flat, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    return ((name, bucket) for name in names for bucket in range(flat.plan.num_buckets))
 
 
 def is_left_alone(param: Any, state: Any) -> bool:

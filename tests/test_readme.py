@@ -108,7 +108,7 @@ def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest
     run(check_sharded, world_size, sharded)
     run(check_from_zero, world_size, zero, figures, str(tmp_path))
     commands = [line for line in lines(README) if line.startswith("sharded-radam checkpoint")]
-    assert len(commands) == 5
+    assert len(commands) == 7
     monkeypatch.chdir(tmp_path)
     for command in commands:
         # The consolidated file has no model.

@@ -63,7 +63,7 @@ class Contents:
     """One rank's part: what it writes, and on rank 0, which commits, what there is altogether.
 
     ``described`` has dtype and shape of every tensor; ``parts`` and ``objects`` are for this rank to write; keys of
-    ``aliases`` have the same value as the part of another key; ``outline`` is what must be alike on all ranks.
+    ``aliases`` are the same as another, which alone is written; ``outline`` is what must be alike on all ranks.
     """
 
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -93,7 +93,9 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
     """
     flat, paths = flatten(nested)
     tensors = {key: value.detach() for key, value in flat.items() if isinstance(value, Tensor)}
-    outline = repr((sorted((key, value.dtype, tuple(value.shape)) for key, value in tensors.items()), sorted(flat)))
+    tied = _tied(tensors)
+    shapes = sorted((key, value.dtype, tuple(value.shape)) for key, value in tensors.items())
+    outline = repr((shapes, sorted(flat), sorted(tied.items())))
     objects, whole = _of_rank_0(flat, paths)
     if rank != 0:
         objects, whole = {}, {}
@@ -101,10 +103,11 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
     scalars = {key: value for key, value in tensors.items() if _is_scalar(value)}
     whole |= scalars
     aliases = _aliases({key: value for key, value in whole.items() if _is_scalar(value)}) if rank == 0 else {}
+    aliases |= tied
     replicated = {
         key: _as_ranges(value)
         for key, value in tensors.items()
-        if not isinstance(value, RangeTensor) and key not in scalars
+        if not isinstance(value, RangeTensor) and key not in scalars and key not in tied
     }
     written = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
     for key, value in tensors.items():
@@ -172,6 +175,18 @@ class Staging:
             with contextlib.suppress(AttributeError):
                 self._memory.madvise(mmap.MADV_DONTNEED)
             self._memory = None
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of tensors of all ranks that are the same memory, such as tied weights, all but the first."""
+    first: dict[Any, str] = {}
+    found = {}
+    for key, value in tensors.items():
+        if value.dim() and value.numel() and not isinstance(value, RangeTensor):
+            original = first.setdefault((value.data_ptr(), value.dtype, value.shape, value.stride()), key)
+            if original != key:
+                found[key] = original
+    return found
 
 
 def _is_scalar(value: Tensor) -> bool:

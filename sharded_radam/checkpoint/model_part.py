@@ -17,6 +17,9 @@ from sharded_radam.checkpoint.optimizer_part import list_differences, some
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.state import plain_name
 
+EXTRA_STATE = "_extra_state"
+"""What torch calls a module's in a state dict."""
+
 
 def model_content(model: nn.Module) -> dict[str, Any]:
     """Live tensors by name, and buffers and extra state, which each rank has for itself, as rank 0's.
@@ -42,7 +45,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 def _is_value(name: str, value: Any) -> bool:
     """Whether something of a model comes back as it was saved, whatever its shape: extra state, for one."""
-    return not isinstance(value, Tensor) or name.rpartition(".")[2] == "_extra_state"
+    return not isinstance(value, Tensor) or name.rpartition(".")[2] == EXTRA_STATE
 
 
 def model_targets(
@@ -89,6 +92,12 @@ def _saved(index: Index, prefix: str, values: Collection[str]) -> dict[str, Name
             name = _owner(key.removeprefix(prefix), values)
             found.setdefault(name, {})[path_from(index, key, len(prefix) + len(name) + 1)] = key
     return found
+
+
+def saved_model(index: Index) -> dict[str, Names]:
+    """Names of the model, or of all models, of a checkpoint -> keys."""
+    parts = (key.removeprefix("model.").partition(EXTRA_STATE) for key in [*index.tensors, *index.objects])
+    return _saved(index, "model.", {head + mark for head, mark, _ in parts})
 
 
 def _owner(name: str, values: Collection[str]) -> str:

@@ -35,7 +35,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was loaded: parameters found of all that there are, elements of state, and what the checkpoint says."""
+    """What was loaded: parameters found of all that there are, elements of state, and what the checkpoint says.
+
+    ``from_masters``: how many parameters, not of half precision here, have the saved fp32 masters as their weights.
+    """
 
     loaded: int
     parameters: int
@@ -45,11 +48,13 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    from_masters: int = 0
 
     def __str__(self) -> str:
         saved_at = f"saved at world size {self.world_size}" if self.world_size else "saved by torch"
         found = f"{self.loaded}/{self.parameters} parameters, {self.numel / 1e6:.4g} M elements, step {self.step}"
-        return "; ".join([f"{found}, {saved_at}", *self.differences()])
+        masters = [f"weights of {self.from_masters} parameters from fp32 masters"] if self.from_masters else []
+        return "; ".join([f"{found}, {saved_at}", *masters, *self.differences()])
 
     def differences(self) -> list[str]:
         """Names that are missing, unexpected or mismatched, as text."""
@@ -95,7 +100,7 @@ class _Loading(NamedTuple):
     """Memory for the state of one slot."""
 
     step: Tensor
-    tensors: dict[str, RangeTensor]
+    tensors: dict[str, Tensor]
     own: dict[str, Any]
 
 
@@ -119,7 +124,8 @@ class OptimizerPart:
         state: its state, of which this reads the step counters.
         model: whose parameters' names are to be used, if the optimizer was built without.
         check: raises ValueError for groups that the optimizer cannot have.
-        adopt: takes new groups, and for each flat an entry for each slot, None for those to be left alone.
+        adopt: takes new groups, and for each flat an entry for each slot, None for those to be left alone; returns how
+            many weights became masters.
     """
 
     flats: Sequence[Flat]
@@ -127,7 +133,7 @@ class OptimizerPart:
     state: Mapping[Tensor, Any]
     model: nn.Module | None
     check: Callable[[list[dict[str, Any]]], object]
-    adopt: Callable[[list[dict[str, Any]], list[list[Entry | None]]], None]
+    adopt: Callable[[list[dict[str, Any]], list[list[Entry | None]]], int]
 
     # Saving
 
@@ -207,7 +213,7 @@ class OptimizerPart:
         report = LoadReport(
             loaded=len(fitting),
             parameters=len(matches),
-            numel=sum(tensor.numel() for into in loading.values() for tensor in into.tensors.values()),
+            numel=sum(t.numel() for into in loading.values() for t in into.tensors.values() if _is_part(t)),
             step=0,
             world_size=index.info.get("world_size"),
             missing=tuple(m.name for m in matches if m.kinds is None and self._param(m).requires_grad),
@@ -223,9 +229,9 @@ class OptimizerPart:
         entries: list[list[Entry | None]] = [[None] * len(flat.params) for flat in self.flats]
         for (flat, slot), into in prepared.loading.items():
             entries[flat][slot] = Entry(into.step.item(), dict(into.tensors) or None, into.own)
-        self.adopt(prepared.groups, entries)
+        from_masters = self.adopt(prepared.groups, entries)
         step = max((int(into.step.item()) for into in prepared.loading.values()), default=0)
-        return replace(prepared.report, step=step)
+        return replace(prepared.report, step=step, from_masters=from_masters)
 
     def _param(self, match: _Match) -> Tensor:
         return self.flats[match.flat].params[match.slot]
@@ -273,13 +279,15 @@ class OptimizerPart:
             assert match.kinds is not None
             step = torch.zeros((), dtype=torch.float64)
             ranges = self.flats[match.flat].range_tensors(match.slot, memory[match.flat])
-            tensors = {kind: tensor for kind, tensor in ranges.items() if kind in match.kinds}
+            tensors: dict[str, Tensor] = {kind: tensor for kind, tensor in ranges.items() if kind in match.kinds}
+            if "master" in match.kinds and "master" not in tensors:  # the weights, which are whole
+                tensors["master"] = torch.empty(self._param(match).shape, dtype=torch.float32)
             own = {kind: _memory(index, names, files) for kind, names in users_own(match.kinds).items()}
             loading[match.flat, match.slot] = _Loading(step, tensors, own)
             for kind, tensor in tensors.items():
-                is_live = memory[match.flat][kind] is self.flats[match.flat].state[kind]
-                boxes = tensor.boxes().items()
-                targets += [Target(match.kinds[kind][()], offsets, view, is_live) for offsets, view in boxes]
+                is_live = kind in ranges and memory[match.flat][kind] is self.flats[match.flat].state[kind]
+                boxes = tensor.boxes() if isinstance(tensor, RangeTensor) else {(0,) * tensor.dim(): tensor}
+                targets += [Target(match.kinds[kind][()], offsets, view, is_live) for offsets, view in boxes.items()]
             targets += [
                 Target(match.kinds[kind][()], (0,) * value.dim(), value)
                 for kind, value in own.items()
@@ -326,6 +334,10 @@ def _problem(index: Index, name: str, kinds: Mapping[str, Names], shape: tuple[i
         if found is not None and found.dtype.is_complex != param.is_complex():
             return f"{name} ({kind} is {found.dtype} in the checkpoint, and the parameter {param.dtype})"
     return None
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return isinstance(tensor, RangeTensor)
 
 
 def _memory(index: Index, names: Names, files: DataFiles) -> Any:

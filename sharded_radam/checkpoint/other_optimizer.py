@@ -75,7 +75,7 @@ class OtherPart:
     @property
     def _matcher(self) -> OptimizerPart:
         """What knows names of parameters: a part of an optimizer without shards."""
-        return OptimizerPart([], self._groups, {}, self.model, lambda groups: None, lambda groups, entries: None)
+        return OptimizerPart([], self._groups, {}, self.model, lambda groups: None, lambda groups, entries: 0)
 
     # Loading
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,7 @@ def find_optimizer(index: Index, files: DataFiles, prefix: str | None) -> SavedO
     Raises:
         ValueError: there is none, or several and no ``prefix`` that says which.
     """
-    keys = [*index.tensors, *index.objects]
-    prefix = _only_prefix(keys, index, prefix)
+    prefix = _only_prefix(index, prefix)
     state = {plain_name(str(name)): kinds for name, kinds in _tree(index, f"{prefix}state.").items()}
     options = _tree(index, f"{prefix}param_groups.")
     if any(not str(name).isdigit() for name in options):
@@ -70,19 +69,24 @@ def _tree(index: Index, prefix: str) -> dict[str | int, dict[str, Names]]:
     return found
 
 
-def _only_prefix(keys: Iterable[str], index: Index, prefix: str | None) -> str:
-    marks = (key.partition("param_groups.") for key in keys)
+def list_prefixes(index: Index) -> list[str]:
+    """The keys under which there are optimizers; an empty text if a checkpoint is nothing but one."""
+    marks = (key.partition("param_groups.") for key in [*index.tensors, *index.objects])
     found = {before for before, mark, _ in marks if mark and (not before or before.endswith("."))}
-    names = sorted(before.rstrip(".") for before in found)
+    return sorted(before.rstrip(".") for before in found)
+
+
+def _only_prefix(index: Index, prefix: str | None) -> str:
+    names = list_prefixes(index)
     if prefix is not None:
         if prefix not in names:
             raise ValueError(f"{index.folder} has no optimizer under {prefix!r}, only under {names}")
         return f"{prefix}." if prefix else ""
-    if not found:
+    if not names:
         raise ValueError(f"{index.folder} has no optimizer: no key has param_groups in it")
-    if len(found) > 1:
+    if len(names) > 1:
         raise ValueError(f"{index.folder} has several optimizers, under {names}: say which by prefix=")
-    return found.pop()
+    return f"{names[0]}." if names[0] else ""
 
 
 def _read_names(index: Index, group: Mapping[str, Names], option: str, files: DataFiles) -> list[str]:

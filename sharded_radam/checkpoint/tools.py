@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from sharded_radam.checkpoint.directory import fsync
+from sharded_radam.checkpoint.exporting import check_free, saved_tensor, write_new, write_torch
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.nesting import Names, read_nested
 from sharded_radam.checkpoint.peers import Peers
-from sharded_radam.checkpoint.reading import fill_tensor, read_tensor, read_value
+from sharded_radam.checkpoint.reading import read_tensor, read_value
 from sharded_radam.checkpoint.saved_optimizer import SavedOptimizer, differing_options, find_optimizer, read_options
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.checkpoint.verification import check_coverage
@@ -68,8 +65,7 @@ def consolidate(index: Index, output: Path, prefix: str | None = None, progress:
     Raises:
         ValueError: there is no optimizer, it is not complete, or the file exists.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists: choose another name, or remove it first")
+    check_free(output)
     index.check_files()
     check_coverage(index.tensors)
     with DataFiles(index.folder, progress) as files:
@@ -77,15 +73,8 @@ def consolidate(index: Index, output: Path, prefix: str | None = None, progress:
         groups = _consolidated_groups(index, saved, files)
         order = [name for names in _joined_members(index, saved, files) for name in names]
         state = {number: saved.state[name] for number, name in enumerate(order) if name in saved.state}
-        unfinished = output.with_name(f".{output.name}.unfinished")
-        try:
-            _write_file(
-                unfinished, index, files, {"state": _consolidated_state(index, state, files), "param_groups": groups}
-            )
-            os.rename(unfinished, output)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        fsync(output.absolute().parent)
+        content = {"state": _consolidated_state(index, state, files), "param_groups": groups}
+        write_new(output, lambda path: write_torch(path, content))
     return {"parameters": len(order), "bytes": output.stat().st_size}
 
 
@@ -123,44 +112,9 @@ def _consolidated_state(
 ) -> dict[int, dict[str, Any]]:
     def value(names: Names) -> Any:
         key = names.get((), "")
-        return _Later(key) if key in index.tensors else read_nested(index, names, files)
+        return saved_tensor(index, key, files) if key in index.tensors else read_nested(index, names, files)
 
     return {number: {kind: value(names) for kind, names in kinds.items()} for number, kinds in state.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Later:
-    """The place of a saved tensor, which is read when there is a file to read it into."""
-
-    key: str
-
-
-def _write_file(path: Path, index: Index, files: DataFiles, content: dict[str, Any]) -> None:
-    """What torch.save would write; of tensors that are read later, one chunk is in memory at a time."""
-    import mmap
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def room(value: Any) -> Any:
-        if isinstance(value, _Later):  # tensors of FakeTensorMode have no memory
-            return torch.empty(index.tensors[value.key].shape, dtype=index.tensors[value.key].dtype)
-        return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-
-    def fill(value: Any, into: Any) -> None:
-        if isinstance(value, _Later):
-            fill_tensor(into, index.tensors[value.key], value.key, files)
-        elif isinstance(value, Tensor):
-            into.copy_(value)
-
-    with FakeTensorMode():
-        frame = tree_map(room, content)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(frame, path)
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        written = torch.load(path, mmap=True, weights_only=True)
-    for value, into in zip(tree_leaves(content), tree_leaves(written), strict=True):
-        fill(value, into)
-    fsync(path)
 
 
 def import_file(source: Path, output: Path, names: Sequence[str] | None = None) -> SaveReport:

@@ -1,4 +1,4 @@
-"""``sharded-radam checkpoint list|inspect|verify|consolidate|import|diff``."""
+"""``sharded-radam checkpoint list|inspect|verify|consolidate|export|import|diff``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import sharded_radam.checkpoint.retention as retention
 from sharded_radam.checkpoint.directory import step_path
+from sharded_radam.checkpoint.exporting import export_model
 from sharded_radam.checkpoint.index import Index, read_index
 from sharded_radam.checkpoint.tools import consolidate, differences, import_file, summary
 from sharded_radam.checkpoint.verification import verify
@@ -40,6 +41,10 @@ def add_to(topics: Any) -> None:
     made.add_argument("path", type=Path)
     made.add_argument("output", type=Path, help="file to write, for torch.load and load_state_dict")
     made.add_argument("--prefix", help="key of the optimizer, where a checkpoint has several")
+    made = command("export", _export, "write the model's weights as one file: .safetensors, or as torch.save does")
+    made.add_argument("--fp32", action="store_true", help="in fp32, from the masters of half-precision training")
+    made.add_argument("path", type=Path)
+    made.add_argument("output", type=Path, help="file to write, for load_state_dict")
     made = command("import", _import, "make a checkpoint of a file with a RAdam or ZeroRedundancyOptimizer state")
     made.add_argument("source", type=Path, help="file that torch.save made")
     made.add_argument("output", type=Path, help="directory to make")
@@ -144,6 +149,16 @@ def _consolidate(options: Any) -> int:
     with _progress(_num_bytes(index), options.json) as progress:
         result = consolidate(index, options.output, options.prefix, progress)
     text = f"{options.output}: {result['parameters']} parameters, {result['bytes'] / 1e6:.1f} MB"
+    print_result(options, {"path": str(options.output), **result}, text)
+    return 0
+
+
+def _export(options: Any) -> int:
+    index = _open(options.path)
+    with _progress(_num_bytes(index), options.json) as progress:
+        result = export_model(index, options.output, options.fp32, progress)
+    masters = f", {result['from_masters']} from fp32 masters" if options.fp32 else ""
+    text = f"{options.output}: {result['tensors']} tensors{masters}, {result['bytes'] / 1e6:.1f} MB"
     print_result(options, {"path": str(options.output), **result}, text)
     return 0
 
