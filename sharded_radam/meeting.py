@@ -20,9 +20,11 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
 """Between two looks at the store; they grow, so that it can be asked by thousands."""
@@ -111,6 +113,20 @@ class Meeting:
             return verdict["value"]
         kind = {each.__name__: each for each in _KINDS}.get(verdict.get("kind", ""), RuntimeError)
         raise kind(verdict["failure"]) from problem
+
+    def attempt(self, what: str, make: Callable[[], T]) -> T:
+        """Collective: do what may fail on this rank, alone; return when all ranks have done it.
+
+        Raises:
+            Exception: on every rank, in the same words: what ``make`` raised on one of them.
+        """
+        problem: Exception | None = None
+        try:
+            made = make()
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem = error
+        self.agree(what, None, problem)
+        return made
 
     def _verdict(
         self, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any], watch: Callable[[], str | None]

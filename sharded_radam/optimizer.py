@@ -322,6 +322,9 @@ class ShardedRAdam(RAdam, Joinable):
         assert self._transport is not None
         return self._transport
 
+    def _when(self) -> str:
+        return f"after {self._steps} steps"
+
     def _group(self, flat: Flat) -> dict[str, Any]:
         return self.param_groups[flat.specs[0].group]
 
@@ -685,11 +688,10 @@ class ShardedRAdam(RAdam, Joinable):
             ``state_dict()`` on rank ``to`` returns the same state.
 
         Raises:
-            ValueError: a group or the state has something that cannot be saved; before anything is sent.
+            ValueError: on every rank, if on one a group or the state has something that cannot be saved.
+            RuntimeError: on every rank: one did not come within the process group's time-out, or does something else.
         """
-        if not 0 <= to < self._network.world_size:
-            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
-        found = self._gather(to, torch.device("cpu"))
+        found = self._gather(f"consolidate_state_dict(to={to}) {self._when()}", to, torch.device("cpu"))
         if self._network.rank != to:
             return None
         if self._network.world_size > 1:
@@ -697,14 +699,11 @@ class ShardedRAdam(RAdam, Joinable):
         return self._copy(found)
 
     @torch.no_grad()
-    def _gather(self, to: int | None, device: torch.device | None) -> dict[Tensor, Any]:
+    def _gather(self, what: str, to: int | None, device: torch.device | None) -> dict[Tensor, Any]:
         """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are."""
-        self._wait_for_parameters()
-        states.plain_groups(self.param_groups)  # raises if they cannot be saved
-        own = states.plain_state(self.state, self.param_groups)
+        own = self._network.meeting.attempt(what, lambda: self._prepare_to_gather(to))
         found: dict[Tensor, Any] = {}
         for flat in self._flats:
-            self._take_back_state(flat)
             gathered = states.gather_flat(flat, self._network, to, device or flat.buffer.device)
             for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
                 step = states.export_step(self.state[param]["step"])
@@ -712,6 +711,18 @@ class ShardedRAdam(RAdam, Joinable):
         for key, value in own.items():
             found[key] = {**found[key], **value} if key in found else value
         return found
+
+    @torch.no_grad()
+    def _prepare_to_gather(self, to: int | None) -> dict[Any, Any]:
+        """All that can fail on one rank; returns what users keep in the state."""
+        if to is not None and not 0 <= to < self._network.world_size:
+            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
+        self._wait_for_parameters()
+        states.plain_groups(self.param_groups)  # raises if they cannot be saved
+        own = states.plain_state(self.state, self.param_groups)
+        for flat in self._flats:
+            self._take_back_state(flat)
+        return own
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, where it is in this process; not collective.
@@ -759,11 +770,12 @@ class ShardedRAdam(RAdam, Joinable):
 
     def _gather_for_torch(self, on_rank_0: bool) -> dict[Tensor, Any]:
         """Collective: whole tensors, on all ranks, or on torch's rank 0; it then drops what the others return."""
+        what = f"state_dict() for torch, with full_state_dict=True, {self._when()}"
         if not on_rank_0:
-            return self._gather(None, None)
+            return self._gather(what, None, None)
         if 0 not in (ranks := dist.get_process_group_ranks(self._network.group)):
             return self._local_state()
-        found = self._gather(ranks.index(0), torch.device("cpu"))
+        found = self._gather(what, ranks.index(0), torch.device("cpu"))
         return found if dist.get_rank() == 0 else self._local_state()
 
     def _copy(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
@@ -794,15 +806,28 @@ class ShardedRAdam(RAdam, Joinable):
         self._consolidated = self._local_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a consolidated state, at any world size: each rank copies its own elements.
+        """Collective: load a consolidated state, at any world size; each rank copies its own elements.
 
         Args:
             state_dict: from ``consolidate_state_dict``, ``torch.optim.RAdam.state_dict()``, or
                 ``ZeroRedundancyOptimizer(RAdam).state_dict()``; or this optimizer's own local one. Not changed.
 
         Raises:
-            ValueError: other groups, names or shapes than this optimizer's; nothing is changed then.
+            ValueError: on every rank, if one has a dict of other groups, names or shapes than this optimizer's; nothing
+                is changed then.
+            RuntimeError: a rank did not come within the process group's time-out, or does something else.
         """
+        what = f"load_state_dict() {self._when()}"
+        groups, entries, others = self._network.meeting.attempt(what, lambda: self._read_state_dict(state_dict))
+        self._load(groups, entries)
+        self.state.update(others)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _read_state_dict(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[list[states.Entry]], dict[Any, Any]]:
+        """Check all of a dict: its groups, state, and what users keep that is no parameter's of ours."""
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -820,13 +845,9 @@ class ShardedRAdam(RAdam, Joinable):
         ]
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
         self._check_groups(groups)
-        self._load(groups, entries)
         taken = {param for flat in self._flats for param in flat.params}
-        for key, value in states.other_state(by_param, state_dict).items():
-            if key not in taken:
-                self.state[key] = deepcopy(value)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        others = {key: v for key, v in states.other_state(by_param, state_dict).items() if key not in taken}
+        return groups, entries, deepcopy(others)
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for index, group in enumerate(groups):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -477,6 +480,73 @@ def test_dicts_that_do_not_fit_are_errors_and_change_nothing() -> None:
             optimizer.load_state_dict(bad)
         assert_equal_dicts(optimizer.state_dict(), before)
         assert optimizer.state[params[1]]["step"] == 4, case
+
+
+def outcome(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def check_bad_on_one_rank(rank: int, world_size: int) -> list[tuple[str, str]]:
+    """The last rank's input is bad; nothing is changed, and all goes on."""
+    names = [f"p{i}" for i in range(10)]
+    saved, _ = saved_by_radam(names)
+    params = make_params()
+    optimizer = ShardedRAdam(list(zip(names, params, strict=True)), foreach=True)
+    train(optimizer, params, 1, 4)
+    before = copy.deepcopy(optimizer.sharded_state_dict())
+    is_bad = rank == world_size - 1
+    found = []
+    for case, (bad, _) in errors(saved).items():
+        found.append((case, outcome(partial(optimizer.load_state_dict, bad if is_bad else saved))))
+    found.append(("hook", ""))
+    hook = optimizer.register_load_state_dict_pre_hook(lambda *_: {} if is_bad else None)
+    found[-1] = ("hook", outcome(partial(optimizer.load_state_dict, saved)))
+    hook.remove()
+    state = optimizer.state[params[1]]
+    kept, gather = dict(state), StateDictOptions(full_state_dict=True)
+    model = nn.ParameterList(params)
+    for case, value in (("foreign", torch.zeros(7, 7, 7)), ("unsaveable", lambda: 0)):
+        if is_bad:
+            state["exp_avg" if case == "foreign" else "mine"] = value
+        for name, collect in (
+            ("consolidate", partial(optimizer.consolidate_state_dict, to=0)),
+            ("torch", partial(get_optimizer_state_dict, model, optimizer, options=gather)),
+        ):
+            found.append((f"{case} {name}", outcome(collect)))
+        state.pop("mine", None)
+        state.update(kept)
+    found.append(("to", outcome(lambda: optimizer.consolidate_state_dict(to=world_size if is_bad else 0))))
+    for key, old in before["state"].items():
+        for name, tensor in optimizer.sharded_state_dict()["state"][key].items():
+            for one, other in zip(pieces(tensor), pieces(old[name]), strict=True):
+                assert torch.equal(one, other), (key, name)
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, SAVED_AT + 1, SAVED_AT + 1)
+    whole = optimizer.consolidate_state_dict(to=0)
+    assert whole is None or whole["state"][1]["step"] == SAVED_AT + 1
+    return found
+
+
+def pieces(tensor: Tensor) -> list[Tensor]:
+    return [piece for _, piece in tensor.pieces] if isinstance(tensor, RangeTensor) else [tensor]
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES[1:], 8])
+def test_what_is_bad_on_one_rank_is_raised_on_all(world_size: int) -> None:
+    results = run(check_bad_on_one_rank, world_size)
+    for result in results[1:]:
+        assert result == results[0]
+    messages = {case: text for case, (_, text) in errors(saved_by_radam([f"p{i}" for i in range(10)])[0]).items()}
+    messages["foreign consolidate"] = messages["foreign torch"] = "exp_avg of parameter 'p1' has shape"
+    messages["unsaveable consolidate"] = messages["unsaveable torch"] = "mine"
+    messages["to"] = f"to={world_size}"
+    for case, found in results[0]:
+        assert f"rank {world_size - 1}" in found, (case, found)
+        assert re.search(messages.get(case, "has no"), found), (case, found)
 
 
 def test_names_may_have_the_prefixes_of_wrappers() -> None:
