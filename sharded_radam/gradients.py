@@ -78,6 +78,7 @@ class ShardedGradients:
         self._epoch = 0
         self._arriving: Slots | None = None
         self._task = self._settling_task = -1  # the backward passes of the last arrival, of the last callback
+        self._restarted = transport.restarted
         self._has_grad: set[Slots] = set()
         # Parameters in whose ``.grad`` the shard was left: if it is gone, somebody dropped that gradient.
         self._placed: set[Slots] = set()
@@ -110,8 +111,7 @@ class ShardedGradients:
             )
         self._reducer = None
         self._expected: set[Slots] = set()
-        backwards = [(i, slot) for i, flat in enumerate(self.flats) for slot in range(len(flat.params))][::-1]
-        self._reschedule(backwards)
+        self._reschedule(list(self._keys())[::-1])
         self._listen(take_over=True)
         self._is_reduced = False
         self._is_behind = True  # the new parameters may have gradients already
@@ -421,6 +421,8 @@ class ShardedGradients:
     @torch.no_grad()
     def reset(self) -> None:
         """Prepare for new gradients, when ``.grad`` is about to be dropped or zeroed."""
+        if self._restarted != self._transport.restarted:
+            self._restart()
         self.end_rounds()
         for shard in (shard for shards in self._shards for shard in shards):
             shard.sending = shard.fresh = None
@@ -429,6 +431,16 @@ class ShardedGradients:
         self._not_finite.clear()
         self._listen(take_over=True)
         self.stepped()
+
+    def _restart(self) -> None:
+        """Begin anew where every rank does: they have failed together, perhaps in the middle of a round."""
+        self._restarted = self._epoch = self._transport.restarted
+        self._arriving, self._is_behind = None, False
+        self._expected.clear()
+        self._has_grad.clear()
+        self._reschedule(list(self._keys())[::-1])
+        if self._reducer is not None:
+            self._reducer.restart()
 
     # What users read from .grad otherwise
 

@@ -16,6 +16,8 @@ missed an operation joins the next one. Messages are JSON, never pickles.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -26,10 +28,15 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
-"""Between two looks at the store; they grow, so that it can be asked by thousands."""
+logger = logging.getLogger("sharded_radam")
 
-_GRACE_S = 3.0
+_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
+"""Between two looks at the store; they grow to a tenth of the time waited, so that it can be asked by thousands."""
+
+_QUIET_S = 10.0
+"""After which a rank that waits says so, once."""
+
+_GRACE_S = 1.5
 """How long a rank that has failed waits for the others to say what they know."""
 
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, MemoryError)
@@ -41,6 +48,34 @@ _MISSING = (
 )
 
 
+class LostError(RuntimeError):
+    """What a rank learns of another's failure or absence; what that one says itself counts more."""
+
+
+class Connections:
+    """By what ranks wait for each other outside of meetings; here nothing that could be looked at.
+
+    ``key`` tells one optimizer's connections from another's; ``sent`` are the marks that this rank has sent by them.
+    """
+
+    key = ""
+    sent = 0
+
+    def gone(self) -> str | None:
+        """Why it is in vain to wait in a meeting, if it is."""
+        return None
+
+    def is_ahead(self) -> bool:
+        """Whether another rank waits for a mark of this one."""
+        return False
+
+    def call(self) -> None:
+        """Call those here who wait for a mark of this rank."""
+
+    def advance(self, number: int) -> None:
+        """Send marks until there are so many: after a failure, all ranks are equally far again."""
+
+
 class Meeting:
     """The ranks of a process group, or this process alone.
 
@@ -49,12 +84,15 @@ class Meeting:
         rank: of this process in the group.
         world_size: of the group.
         timeout: seconds that a rank waits for the others.
+
+    ``connections`` are looked at while others are waited for.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout: float) -> None:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
+        self.connections = Connections()
         self._store = store
         self._written: deque[list[str]] = deque()
 
@@ -83,7 +121,7 @@ class Meeting:
         offer: Any = None,
         problem: Exception | None = None,
         decide: Callable[[list[Any]], Any] = lambda offers: None,
-        watch: Callable[[], str | None] = lambda: None,
+        summon: Callable[[], None] = lambda: None,
     ) -> Any:
         """Collective: come together for an operation.
 
@@ -92,7 +130,7 @@ class Meeting:
             offer: a JSON value of this rank.
             problem: what this rank failed with, if it did.
             decide: a pure function of the offers of all ranks, in their order; returns a JSON value, or raises.
-            watch: asked now and then while others are waited for; returns why that is in vain.
+            summon: called if this fails before all ranks have come: those that wait for this one elsewhere fail then.
 
         Returns:
             What ``decide`` returned.
@@ -105,14 +143,20 @@ class Meeting:
             if problem is not None:
                 raise problem
             return decide([offer] * self.world_size)
+        post = {**_post(what, offer, problem), "sent": {self.connections.key: self.connections.sent}}
         try:
-            verdict = self._verdict(what, _post(what, offer, problem), decide, watch)
+            verdict = self._verdict(what, post, decide)
         except dist.DistNetworkError as error:
             verdict = {"failure": f"{what}: the process that has the store of the process group is gone ({error})"}
         if "failure" not in verdict:
             return verdict["value"]
+        if verdict.get("came") != self.world_size:
+            summon()
+        self.connections.advance(verdict.get("sent", {}).get(self.connections.key, 0))
+        if problem is not None and verdict["failure"] == post["problem"]:  # every rank has the same one
+            raise _agreed(problem)
         kind = {each.__name__: each for each in _KINDS}.get(verdict.get("kind", ""), RuntimeError)
-        raise kind(verdict["failure"]) from problem
+        raise _agreed(kind(verdict["failure"])) from problem
 
     def attempt(self, what: str, make: Callable[[], T]) -> T:
         """Collective: do what may fail on this rank, alone; return when all ranks have done it.
@@ -128,31 +172,34 @@ class Meeting:
         self.agree(what, None, problem)
         return made
 
-    def _verdict(
-        self, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any], watch: Callable[[], str | None]
-    ) -> dict[str, Any]:
-        token = self._join(what)
+    def _verdict(self, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        token = self._join(post)
         self._store.set(f"{token}/{self.rank}", json.dumps(post))
         if self._store.add(f"{token}/count", 1) == self.world_size:
-            return self._settle(token, _judge(self._posts(token), self.world_size, decide))
+            return self._settle(token, decide)
         if self._store.compare_set(f"{token}/what", "", what).decode() != what:
-            return self._settle(token, _judge(self._posts(token), self.world_size))
+            return self._settle(token)
         patience = min(_GRACE_S, self.timeout) if "problem" in post else self.timeout
-        end, pause = time.monotonic() + patience, _FIRST_PAUSE_S
+        begin, patiently = time.monotonic(), _QUIET_S
         while (verdict := self._look(token)) is None:
-            if (vain := watch()) is not None:
-                return self._settle(token, {"failure": f"{what}: {vain}"})
-            if time.monotonic() >= end:
-                return self._settle(token, _judge(self._posts(token), self.world_size, seconds=patience))
-            time.sleep(pause)
-            pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+            waited = time.monotonic() - begin
+            if (vain := self.connections.gone()) is not None:
+                return self._settle(token, vain=vain)
+            if self.connections.is_ahead() and self._look(token) is None:  # otherwise it has left this meeting
+                self.connections.call()
+            if waited >= patience:
+                return self._settle(token, vain=f"did not come within {patience:g} s; {_MISSING}")
+            if waited > patiently:
+                logger.warning("%s: rank %d waits for others (came: %s)", what, self.rank, [*self._posts(token)])
+                patiently = math.inf
+            time.sleep(min(max(_PAUSE_S, waited / 10), _LONGEST_PAUSE_S))
         return verdict
 
-    def _join(self, what: str) -> str:
+    def _join(self, post: dict[str, Any]) -> str:
         """The token of the open operation, after opening one if this rank has been in it, or it failed without us."""
         fresh = secrets.token_hex(8)
         token = str(self._store.compare_set("open", "", fresh).decode())
-        while token != fresh and self._is_over(token, what):
+        while token != fresh and self._is_over(token, post):
             token = str(self._store.compare_set("open", token, fresh).decode())
         self._written.append([f"{token}/{self.rank}"])
         if token == fresh:
@@ -162,12 +209,13 @@ class Meeting:
                 self._store.delete_key(key)
         return token
 
-    def _is_over(self, token: str, what: str) -> bool:
-        """For this rank. One that is late learns how the operation ended that it comes for."""
+    def _is_over(self, token: str, post: dict[str, Any]) -> bool:
+        """For this rank. One that is late, or has lost the others, learns how the operation ended that it missed."""
         if self._store.check([f"{token}/{self.rank}"]):
             return True
-        missed = self._store.check([f"{token}/verdict"])
-        return missed and what not in {post["what"] for post in self._posts(token).values()}
+        if not self._store.check([f"{token}/verdict"]) or post.get("lost"):
+            return False
+        return post["what"] not in {each["what"] for each in self._posts(token).values()}
 
     def _posts(self, token: str) -> dict[int, dict[str, Any]]:
         keys = [f"{token}/{rank}" for rank in range(self.world_size)]
@@ -175,9 +223,18 @@ class Meeting:
             return {rank: json.loads(post) for rank, post in enumerate(self._store.multi_get(keys))}
         return {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys) if self._store.check([key])}
 
-    def _settle(self, token: str, verdict: dict[str, Any]) -> dict[str, Any]:
+    def _settle(
+        self, token: str, decide: Callable[[list[Any]], Any] = lambda offers: None, vain: str = ""
+    ) -> dict[str, Any]:
         """Write a verdict unless there is one; return the one that counts."""
-        found = self._store.compare_set(f"{token}/verdict", "", json.dumps(verdict))
+        posts = self._posts(token)
+        verdict = _judge(posts, self.world_size, decide, vain)
+        sent: dict[str, int] = {}
+        for key, number in (pair for post in posts.values() for pair in post["sent"].items()):
+            sent[key] = max(sent.get(key, 0), number + 1)
+        found = self._store.compare_set(
+            f"{token}/verdict", "", json.dumps({**verdict, "sent": sent, "came": len(posts)})
+        )
         return cast("dict[str, Any]", json.loads(found))
 
     def _look(self, token: str) -> dict[str, Any] | None:
@@ -188,40 +245,56 @@ class Meeting:
         return cast("dict[str, Any]", json.loads(self._store.get(key)))
 
 
+def is_agreed(error: Exception) -> bool:
+    """Whether all ranks raise it."""
+    return getattr(error, "_sharded_radam_agreed", False)
+
+
+def _agreed(error: Exception) -> Exception:
+    error._sharded_radam_agreed = True  # type: ignore[attr-defined]
+    return error
+
+
 def _post(what: str, offer: Any, problem: Exception | None) -> dict[str, Any]:
     if problem is None:
         return {"what": what, "offer": offer}
     kind = next((each.__name__ for each in _KINDS if isinstance(problem, each)), "RuntimeError")
-    known = type(problem) in (*_KINDS, RuntimeError)
-    return {"what": what, "kind": kind, "problem": str(problem) if known else f"{type(problem).__name__}: {problem}"}
+    known = type(problem) in (*_KINDS, RuntimeError, LostError)
+    text = str(problem) if known else f"{type(problem).__name__}: {problem}"
+    return {"what": what, "kind": kind, "problem": text, "lost": isinstance(problem, LostError)}
 
 
 def _judge(
-    posts: dict[int, dict[str, Any]],
-    world_size: int,
-    decide: Callable[[list[Any]], Any] = lambda offers: None,
-    seconds: float = 0.0,
+    posts: dict[int, dict[str, Any]], world_size: int, decide: Callable[[list[Any]], Any], vain: str
 ) -> dict[str, Any]:
-    """What follows from the posts that there are, after so many seconds."""
+    """What follows from the posts that there are; ``vain`` says why no more of them are waited for."""
     doing = _by_value({rank: post["what"] for rank, post in posts.items()})
     if len(doing) > 1:
         calls = "; ".join(f"{_ranks(ranks)}: {what}" for what, ranks in doing.items())
         return {"failure": f"ranks do different things ({calls}): all ranks must make the same calls in the same order"}
-    problems = _by_value({rank: post["problem"] for rank, post in posts.items() if "problem" in post})
+    failed = {rank: post for rank, post in posts.items() if "problem" in post and not post["lost"]}
+    problems = _by_value({rank: post["problem"] for rank, post in failed.items()})
     if problems:
-        kind = next(post["kind"] for post in posts.values() if "problem" in post)
-        if len(problems) == 1 and len(next(iter(problems.values()))) == world_size:
+        kind = next(iter(failed.values()))["kind"]
+        if len(failed) == world_size and len(problems) == 1:
             return {"failure": next(iter(problems)), "kind": kind}
-        return {"failure": "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in problems.items()), "kind": kind}
+        return {"failure": _told(problems), "kind": kind}
+    what = next(iter(doing))
+    lost = _by_value({rank: post["problem"] for rank, post in posts.items() if "problem" in post})
+    if lost:
+        return {"failure": f"{what}: {_told(lost)}"}
     missing = [rank for rank in range(world_size) if rank not in posts]
     if missing:
-        late = f"{next(iter(doing))}: {_ranks(missing)} did not come within {seconds:g} s; {_MISSING}"
-        return {"failure": late}
+        return {"failure": f"{what}: {vain if vain.startswith('rank') else f'{_ranks(missing)} {vain}'}"}
     try:
         return {"value": decide([posts[rank]["offer"] for rank in range(world_size)])}
     except Exception as error:  # whatever it is, the others must not wait for a verdict
         post = _post("", None, error)
         return {"failure": post["problem"], "kind": post["kind"]}
+
+
+def _told(problems: dict[str, list[int]]) -> str:
+    return "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in problems.items())
 
 
 def _by_value(of_rank: dict[int, str]) -> dict[str, list[int]]:

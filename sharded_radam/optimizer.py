@@ -116,12 +116,14 @@ class ShardedRAdam(RAdam, Joinable):
         module: the model, with ``shard_gradients``: its buffers are broadcast from rank 0 too.
 
     fp16 and bf16 parameters have fp32 moments and an fp32 master, and are updated in fp32. All state exists from
-    construction on. Construction and ``add_param_group`` are collective; with ``shard_gradients`` or
-    ``share_parameters`` they broadcast the parameters from rank 0.
+    construction on. Construction, ``add_param_group``, ``consolidate_state_dict`` and ``load_state_dict`` are
+    collective, as ``step`` is; with ``shard_gradients`` or ``share_parameters`` the first two broadcast the parameters
+    from rank 0. Whatever one rank raises in them is raised on all, in the same words: its type if that is ValueError,
+    TypeError or MemoryError, or if all ranks raise the same, otherwise RuntimeError.
 
     Raises:
         ValueError: what RAdam refuses; arguments that exclude each other; parameters that do not fit into buckets;
-            layouts that differ between ranks (on every rank).
+            arguments or layouts that differ between ranks.
         RuntimeError: from ``step``, if a parameter was moved, recast or replaced since construction, or for sparse
             gradients; the state is unchanged then.
     """
@@ -205,9 +207,10 @@ class ShardedRAdam(RAdam, Joinable):
 
         draft = agree(meeting, "building ShardedRAdam", make)
         self._transport = self._connect(choice)
-        self._adopt(draft)
-        if module is not None:
-            self.broadcast_buffers(module)
+        with self._network.together("building ShardedRAdam"):
+            self._adopt(draft)
+            if module is not None:
+                self.broadcast_buffers(module)
         if self._transport.rank == 0:
             logger.info("%s", self.stats())
 
@@ -232,8 +235,11 @@ class ShardedRAdam(RAdam, Joinable):
             super(ShardedRAdam, self).add_param_group(param_group)
             return self._draft(before, self._network.world_size)
 
+        what = f"add_param_group() {self._when()}"
         try:
-            self._adopt(agree(self._network.meeting, f"add_param_group() after {self._steps} steps", make))
+            draft = agree(self._network.meeting, what, make)
+            with self._network.together(what):
+                self._adopt(draft)
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -269,7 +275,7 @@ class ShardedRAdam(RAdam, Joinable):
             self._gradients.finish()
         if self._broadcasts:
             broadcast_(draft.params, self._network)
-        buffers = [self._network.buffer(flat.numel, plan.params[flat.slots[0].param].dtype) for flat in plan.flats]
+        buffers = self._network.buffers([(flat.numel, plan.params[flat.slots[0].param].dtype) for flat in plan.flats])
         self._build(plan, draft.params, buffers)
         if self._gradients is not None:
             self._gradients.make_reducer()
@@ -357,6 +363,12 @@ class ShardedRAdam(RAdam, Joinable):
                 ``check_gradients``, a gradient is not finite.
         """
         check_graph_capture(self)
+        with self._network.together():
+            loss = self._step(closure)
+        self._network.operation = f"step {self._steps + 1}"
+        return loss
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -402,15 +414,16 @@ class ShardedRAdam(RAdam, Joinable):
         """All that can fail, then count the steps of the parameters that have a gradient."""
         self._wait_for_parameters()
         elsewhere = [flat.check() for flat in self._flats]
+        foreign = [self._foreign_state(flat) for flat in self._flats]
         if self._gradients is None:
             present = [[param.grad is not None for param in flat.params] for flat in self._flats]
         else:
             present = self._gradients.finish()
         if self._checks_replicas_now():
             self.check_replicas()
-        for flat, slots in zip(self._flats, elsewhere, strict=True):
+        for flat, slots, entries in zip(self._flats, elsewhere, foreign, strict=True):
             flat.take_back(slots)
-            self._take_back_state(flat)
+            self._take_back_state(flat, entries)
         self._consolidated = None
         return [
             count_step(self.state, flat.params, has_grad, self._group(flat)["capturable"])
@@ -496,8 +509,13 @@ class ShardedRAdam(RAdam, Joinable):
                 moments = {name: state[name].detach() for name in ("exp_avg", "exp_avg_sq")}
                 flat.set_local_state(slot, moments)
 
-    def _take_back_state(self, flat: Flat) -> None:
-        """Follow what somebody did to ``optimizer.state``: tensors put there are copied, missing ones start anew."""
+    def _foreign_state(self, flat: Flat) -> list[tuple[int, states.Entry]]:
+        """What somebody put into ``optimizer.state``, by slot; None in an entry for what is missing.
+
+        Raises:
+            ValueError: it is not of this rank's part of the parameter.
+        """
+        found = []
         for slot, (param, views) in enumerate(zip(flat.params, flat.local_state, strict=True)):
             state = self.state[param]
             ours = all(state.get(name) is view for name, view in views.items())
@@ -505,9 +523,15 @@ class ShardedRAdam(RAdam, Joinable):
                 continue
             shape = views["exp_avg"].shape
             saved = state if "step" in state else None
-            entry = states.read_entry(flat.specs[slot].name, param, shape, flat.spans(slot), saved)
+            found.append((slot, states.read_entry(flat.specs[slot].name, param, shape, flat.spans(slot), saved)))
+        return found
+
+    def _take_back_state(self, flat: Flat, foreign: Sequence[tuple[int, states.Entry]] | None = None) -> None:
+        """Follow what somebody did to ``optimizer.state``: tensors put there are copied, missing ones start anew."""
+        for slot, entry in self._foreign_state(flat) if foreign is None else foreign:
+            param = flat.params[slot]
             flat.set_local_state(slot, entry.tensors)
-            state.update(views)
+            self.state[param].update(flat.local_state[slot])
             set_counts(self.state, [param], [entry.step], self._counter_device(flat))
 
     # Gradients
@@ -683,6 +707,9 @@ class ShardedRAdam(RAdam, Joinable):
         Args:
             to: rank of the process group that gets it.
 
+        Raises:
+            RuntimeError: on every rank: one did not come within the process group's time-out, or calls something else.
+
         Returns:
             The dict on rank ``to``, None elsewhere. Until the next step (or the next loading, or a new param group),
             ``state_dict()`` on rank ``to`` returns the same state.
@@ -703,11 +730,12 @@ class ShardedRAdam(RAdam, Joinable):
         """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are."""
         own = self._network.meeting.attempt(what, lambda: self._prepare_to_gather(to))
         found: dict[Tensor, Any] = {}
-        for flat in self._flats:
-            gathered = states.gather_flat(flat, self._network, to, device or flat.buffer.device)
-            for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
-                step = states.export_step(self.state[param]["step"])
-                found[param] = {"step": step.to(device or step.device), **tensors}
+        with self._network.together(what):
+            for flat in self._flats:
+                gathered = states.gather_flat(flat, self._network, to, device or flat.buffer.device)
+                for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
+                    step = states.export_step(self.state[param]["step"])
+                    found[param] = {"step": step.to(device or step.device), **tensors}
         for key, value in own.items():
             found[key] = {**found[key], **value} if key in found else value
         return found
@@ -820,7 +848,8 @@ class ShardedRAdam(RAdam, Joinable):
         what = f"load_state_dict() {self._when()}"
         groups, entries, others = self._network.meeting.attempt(what, lambda: self._read_state_dict(state_dict))
         self._load(groups, entries)
-        self.state.update(others)
+        for key, value in others.items():
+            self.state[key] = deepcopy(value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -846,8 +875,8 @@ class ShardedRAdam(RAdam, Joinable):
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
         self._check_groups(groups)
         taken = {param for flat in self._flats for param in flat.params}
-        others = {key: v for key, v in states.other_state(by_param, state_dict).items() if key not in taken}
-        return groups, entries, deepcopy(others)
+        others = {key: value for key, value in states.other_state(by_param, state_dict).items() if key not in taken}
+        return groups, entries, others
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for index, group in enumerate(groups):

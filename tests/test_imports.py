@@ -26,8 +26,8 @@ ALLOWED = {
     "transport.base": {"meeting", "meter", "transport.reducers"},
     "transport.gloo": {"transport.base", "transport.reducers"},
     "transport.native": {"compat", "transport.base", "transport.reducers"},
-    "transport.signals": set(),
-    "transport.shared_memory": {f"transport.{name}" for name in ("base", "gloo", "reducers", "signals")},
+    "transport.signals": {"meeting"},
+    "transport.shared_memory": {"meeting", *(f"transport.{name}" for name in ("base", "gloo", "reducers", "signals"))},
     "transport": {
         "meeting",
         *(f"transport.{name}" for name in ("base", "gloo", "native", "reducers", "shared_memory", "signals")),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -147,7 +148,8 @@ def test_one_operation_has_one_verdict_whoever_is_late() -> None:
 @pytest.mark.quick
 def test_waiting_ends_when_it_is_in_vain() -> None:
     ranks = meetings(3)
-    found = together(lambda: ranks[0].agree("it", watch=lambda: "rank 2 is gone"), lambda: ranks[1].agree("it"))
+    ranks[0].connections = mock.Mock(gone=lambda: "rank 2 is gone", key="", sent=0)
+    found = together(lambda: ranks[0].agree("it"), lambda: ranks[1].agree("it"))
     assert raised(found) == (RuntimeError, "it: rank 2 is gone")
 
 

@@ -21,7 +21,7 @@ from sharded_radam.transport import make_transport
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
 
-COLLECTIVES = (ALL_GATHER, "isend", "irecv", "all_reduce", "broadcast", "all_gather_object", "barrier")
+COLLECTIVES = (ALL_GATHER, "isend", "irecv", "all_reduce", "broadcast", "all_gather_object", "barrier", "gather")
 
 
 @contextmanager
@@ -50,6 +50,10 @@ def check_counts(rank: int, world_size: int) -> None:
         assert not at_construction  # ranks meet in the store
         (flat,) = optimizer._flats
         assert flat.plan.num_buckets > 3
+        set_grads(params, 1)
+        with counted() as at_first:
+            optimizer.step()  # compares the ranks' parameters
+        assert at_first["all_reduce"] == (world_size > 1)
         for missing in ((), missing_at(3), range(len(params))):
             set_grads(params, 1, missing)
             with counted() as counts:
@@ -66,10 +70,14 @@ def check_counts(rank: int, world_size: int) -> None:
             optimizer.consolidate_state_dict(to=world_size - 1)
         # Moments travel as they are, bucket by bucket, to one rank; nothing is pickled or broadcast.
         messages, sends = 2 * flat.plan.num_buckets, rank != world_size - 1
-        if sends:
+        if world_size == 1:
+            assert counts == {}
+        elif transport == "native":
+            assert counts == {"gather": messages}
+        elif sends:
             assert counts == {"isend": messages, "bytes sent": 2 * flat.plan.local_numel * 4}
         else:
-            assert counts == ({"irecv": messages * (world_size - 1)} if world_size > 1 else {})
+            assert counts == {"irecv": messages * (world_size - 1)}
         with counted() as counts:
             optimizer.sharded_state_dict()
             optimizer.zero_grad()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Any
+from datetime import timedelta
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.meeting import Meeting
+from sharded_radam.meeting import LostError, Meeting, is_agreed
 from sharded_radam.meter import Meter
 from sharded_radam.transport.reducers import HALF_DTYPES, AloneReducer, Reducer
 
@@ -21,19 +24,33 @@ _TAG = 0x5AD0
 
 
 class Handle:
-    """Communication under way; it owns the request and the tensors read and written."""
+    """Communication under way; it owns the request and the tensors read and written.
 
-    def __init__(self, work: dist.Work | None, *tensors: Tensor) -> None:
+    Args:
+        work: the request.
+        tensors: that it reads and writes.
+        lost: raises what a rank says that has lost the others, of the backend's error.
+    """
+
+    def __init__(
+        self, work: dist.Work | None, *tensors: Tensor, lost: Callable[[Exception], NoReturn] | None = None
+    ) -> None:
         self._work = work
         self._tensors = tensors
+        self._lost = lost
 
     def wait(self, *streams: Any) -> None:
         """Return when the tensors may be used (on CUDA: by kernels launched from now on, here or on ``streams``)."""
         if self._work is not None:
-            self._work.wait()
-            for stream in streams:
-                with torch.cuda.stream(stream):
-                    self._work.wait()
+            try:
+                self._work.wait()
+                for stream in streams:
+                    with torch.cuda.stream(stream):
+                        self._work.wait()
+            except RuntimeError as error:
+                if self._lost is not None:
+                    self._lost(error)
+                raise
         self._work, self._tensors = None, ()
 
 
@@ -41,11 +58,13 @@ class Transport(ABC):
     """Moves shards between the ranks of one process group; all ranks make the same calls in the same order.
 
     ``rank`` and ``world_size`` are those of the group, whose backend moves tensors of ``device``. Tensors are
-    contiguous, and travel as bytes: any dtype does. ``reason`` says why it is this transport.
+    contiguous, and travel as bytes: any dtype does. ``reason`` says why it is this transport, ``operation`` what the
+    optimizer does; the same words on every rank.
     """
 
     name: str
     reason = ""
+    operation = "step 1"
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
@@ -62,13 +81,60 @@ class Transport(ABC):
         new.meter.times_phases = self.meter.times_phases
         return new
 
+    @property
+    def restarted(self) -> int:
+        """A number that is equal on all ranks, and another one after they have failed together and may go on."""
+        return 0
+
+    @contextmanager
+    def together(self, operation: str | None = None) -> Iterator[None]:
+        """Raise on all ranks, in the same words, whatever one of them raises in here."""
+        before, self.operation = self.operation, operation or self.operation
+        try:
+            yield
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            if self.world_size == 1 or is_agreed(error):
+                raise
+            self.fail(error)
+        finally:
+            self.operation = before
+
+    def fail(self, problem: Exception) -> NoReturn:
+        """Raise on all ranks, as soon as they come or wait for this one, what keeps it from going on."""
+        self.meeting.agree(self.operation, None, problem, summon=self.summon)
+        raise problem  # not reached: a problem is raised by the meeting
+
+    def lose(self, rank: int | None, error: Exception) -> NoReturn:
+        """Raise on all ranks that the backend could not reach a rank (None: it does not say which)."""
+        who = "a rank" if rank is None else f"rank {rank}"
+        self.break_up()
+        try:
+            self.fail(LostError(f"{who} did not come within {self.meeting.timeout:g} s, or is gone ({error})"))
+        except Exception as verdict:
+            raise verdict from error
+
+    def summon(self) -> None:
+        """Call those who wait for this rank outside of the meeting."""
+        self.break_up()
+
+    def break_up(self) -> None:
+        """Let those who wait for this rank in the backend fail now, and not at the time-out. Only Gloo can."""
+        if self.world_size == 1 or dist.get_backend(self.group) != "gloo":
+            return
+        # A wait that is over time closes Gloo's connections.
+        with suppress(RuntimeError):
+            nothing, other = torch.empty(1, dtype=torch.uint8), (self.rank + 1) % self.world_size
+            work = dist.irecv(nothing, group=self.group, group_src=other, tag=_TAG - 1)
+            assert work is not None
+            work.wait(timedelta(milliseconds=1))
+
     def count(self, kind: str, bucket: Tensor) -> None:
         """Note a collective on a bucket, of which each rank sends, and receives, all shards but one."""
         self.meter.count(kind, bucket.nbytes // self.world_size * (self.world_size - 1))
 
-    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
-        """Collective: 1-D memory that suits this transport for a flat, None if any does."""
-        return None
+    def buffers(self, sizes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor | None]:
+        """Collective: 1-D memory that suits this transport for flats of these sizes in elements, None if any does."""
+        return [None] * len(sizes)
 
     def begin_update(self) -> None:  # noqa: B027  (nothing to wait for where shards travel as messages)
         """Return when this rank may write its shards."""
@@ -106,22 +172,35 @@ class Transport(ABC):
 
     def _isend(self, tensor: Tensor, to: int, tag: int = 0) -> Handle:
         message = as_bytes(tensor)
-        return Handle(dist.isend(message, group=self.group, group_dst=to, tag=_TAG + tag), message)
+        with self._losing(to):
+            work = dist.isend(message, group=self.group, group_dst=to, tag=_TAG + tag)
+        return Handle(work, message, lost=partial(self.lose, to))
 
     def _irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Handle:
         message = as_bytes(tensor)
-        return Handle(dist.irecv(message, group=self.group, group_src=source, tag=_TAG + tag), message)
+        with self._losing(source):
+            work = dist.irecv(message, group=self.group, group_src=source, tag=_TAG + tag)
+        return Handle(work, message, lost=partial(self.lose, source))
+
+    @contextmanager
+    def _losing(self, rank: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.lose(rank, error)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Collective: rank 0's values into a contiguous tensor (modified in place)."""
         if tensor.numel():
             self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
-            dist.broadcast(as_bytes(tensor), group=self.group, group_src=0)
+            with self._losing():
+                dist.broadcast(as_bytes(tensor), group=self.group, group_src=0)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """Collective: the sum, maximum or minimum over the ranks (modified in place); for a few elements."""
         self.meter.count("all_reduce", tensor.nbytes)
-        dist.all_reduce(tensor, op=op, group=self.group)
+        with self._losing():
+            dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
@@ -154,7 +233,8 @@ class Transport(ABC):
     def average(self, tensor: Tensor) -> Tensor:
         """Mean over the ranks, out of place, real or complex; half precision is summed in fp32."""
         wide = tensor.float() if tensor.dtype in HALF_DTYPES else tensor.clone()
-        dist.all_reduce(torch.view_as_real(wide) if wide.is_complex() else wide, group=self.group)
+        with self._losing():
+            dist.all_reduce(torch.view_as_real(wide) if wide.is_complex() else wide, group=self.group)
         return (wide / self.world_size).to(tensor.dtype)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sharded_radam.compat import all_gather_single, reduce_scatter_single
@@ -26,8 +27,15 @@ class NativeTransport(Transport):
     def all_gather(self, bucket: Tensor) -> list[Handle]:
         output = as_bytes(bucket)
         own = output.chunk(self.world_size)[self.rank]
-        work = all_gather_single(output, own, self.group)
-        return [Handle(work, output, own)]
+        with self._losing():
+            work = all_gather_single(output, own, self.group)
+        return [Handle(work, output, own, lost=partial(self.lose, None))]
+
+    def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
+        # Not by messages, for each pair of which NCCL makes a communicator.
+        parts = None if bucket is None else list(as_bytes(bucket).chunk(self.world_size))
+        with self._losing():
+            dist.gather(as_bytes(shard), parts, group=self.group, group_dst=to)
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
         return NativeReducer(self, buckets)
@@ -59,8 +67,10 @@ class NativeReducer(Reducer):
 
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
         shard = self._bucket.chunk(self._transport.world_size)[self._transport.rank]
-        work = reduce_scatter_single(shard, self._bucket, self._transport.group)
-        self._queue.add(partial(self._complete, Handle(work, shard), shard, out, accumulate))
+        with self._transport._losing():
+            work = reduce_scatter_single(shard, self._bucket, self._transport.group)
+        handle = Handle(work, shard, lost=partial(self._transport.lose, None))
+        self._queue.add(partial(self._complete, handle, shard, out, accumulate))
         self._slots.rotate(-1)
 
     def _complete(self, handle: Handle, shard: Tensor, out: Tensor, accumulate: bool) -> None:

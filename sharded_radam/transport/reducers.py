@@ -50,6 +50,9 @@ class Reducer(ABC):
     def finish(self) -> None:
         """Return when all that was closed is in its ``out``."""
 
+    def restart(self) -> None:  # noqa: B027  (only shared memory goes on after a failure)
+        """Forget what is under way, on all ranks."""
+
     @staticmethod
     def slot_bytes(buckets: Sequence[tuple[int, torch.dtype]]) -> int:
         """Bytes that hold any one of some buckets, of these sizes in elements, and dtypes."""

@@ -11,28 +11,37 @@ knows that all have read i-1, and that bucket i+2 may take its slot::
     slot      0     1     2     0     1
     bucket   i-1    i    i+1   i+2   i+3
 
-Small things (norms, flags, layouts) go through Gloo.
+All else (norms, flags, consolidated state) goes by a slate of each rank: it is written, a barrier, read, a barrier.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.transport.base import Handle
+from sharded_radam.meeting import LostError
+from sharded_radam.transport.base import Handle, as_bytes
 from sharded_radam.transport.gloo import GlooTransport
 from sharded_radam.transport.reducers import Reducer, SummingReducer, typed
 from sharded_radam.transport.signals import Signals
 
 SLOTS = 3
-_UPDATE, _READ, _MARKS = 1, 2, 8
-"""Marks of the barriers around an update; those of gradients are ``_MARKS`` and above."""
+_UPDATE, _READ, _WRITTEN, _SEEN, _MARKS = 1, 2, 4, 5, 8
+"""Marks of the barriers around an update, and around the use of slates; those of gradients are ``_MARKS`` and above."""
+
+_SLATE_BYTES = 2**18
+_REDUCE: dict[dist.ReduceOp.RedOpType, Callable[[Tensor, Tensor], Tensor]] = {
+    dist.ReduceOp.SUM: torch.add,
+    dist.ReduceOp.MAX: torch.maximum,
+    dist.ReduceOp.MIN: torch.minimum,
+}
 
 
 class SharedMemoryTransport(GlooTransport):
@@ -52,48 +61,67 @@ class SharedMemoryTransport(GlooTransport):
     ) -> None:
         super().__init__(group, device)
         self.signals = signals
+        self.meeting.connections = signals
         self.share_parameters = share_parameters
         self._flats: list[list[Tensor]] = []
         self._to_read: list[tuple[list[Tensor], int, int]] = []
+        self._slate = self.map(_SLATE_BYTES)
 
-    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
-        num_bytes = numel * dtype.itemsize
+    @property
+    def restarted(self) -> int:
+        return self.signals.excused
+
+    def buffers(self, sizes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor | None]:
+        """All in one piece of memory for each rank, so that flats cost no descriptors and one agreement."""
+        num_bytes = sum(numel * dtype.itemsize for numel, dtype in sizes)
         if num_bytes == 0:
-            return None
+            return [None] * len(sizes)
         memory = self.map(num_bytes, 0 if self.share_parameters else None)
         self._flats.append(memory)
-        return memory[self.rank].view(dtype)
+        ends = accumulate(numel * dtype.itemsize for numel, dtype in sizes)
+        pairs = zip(ends, sizes, strict=True)
+        return [memory[self.rank][end - n * dtype.itemsize : end].view(dtype) for end, (n, dtype) in pairs]
 
     def map(self, num_bytes: int, owner: int | None = None) -> list[Tensor]:
         """Collective: zeroed memory of each rank, mapped by all, as bytes; with an owner, its memory for all ranks.
 
+        No descriptor is kept.
+
         Raises:
             RuntimeError: on every rank, if one cannot have it.
         """
-        problem, descriptor = None, os.memfd_create("sharded_radam")
+        mapped: dict[int, Tensor] = {}
+        problem: Exception | None = None
         try:
-            if owner in (None, self.rank):
-                try:
-                    os.posix_fallocate(descriptor, 0, num_bytes)
-                except OSError as error:
-                    problem = f"rank {self.rank}: {error}"
-            problems = [found for found in self.all_gather_objects(problem) if found]
-            if problems:
-                raise RuntimeError(
-                    f"no shared memory of {num_bytes} bytes per rank ({problems[0]}); transport='gloo' needs none"
-                )
-            descriptors = {**self.signals.exchange(descriptor), self.rank: descriptor}
-            mapped = {
-                rank: torch.frombuffer(mmap.mmap(descriptors[rank], num_bytes), dtype=torch.uint8)
-                for rank in range(self.world_size)
-                if owner in (None, rank)
-            }
-            for rank, received in descriptors.items():
-                if rank != self.rank:
-                    os.close(received)
-        finally:
-            os.close(descriptor)
+            self._share(num_bytes, owner in (None, self.rank), mapped)
+        except LostError as error:
+            problem = error
+        except (OSError, RuntimeError) as error:
+            problem = RuntimeError(f"no shared memory of {num_bytes} bytes ({error}); transport='gloo' needs none")
+        self.meeting.agree(f"sharing memory for {self.operation}", None, problem)
         return [mapped[rank if owner is None else owner] for rank in range(self.world_size)]
+
+    def _share(self, num_bytes: int, owns: bool, mapped: dict[int, Tensor]) -> None:
+        """Make memory, if this rank owns some, and exchange it (mapped: filled)."""
+        descriptor, problem = None, None
+        try:
+            if owns:
+                descriptor = os.memfd_create("sharded_radam")
+                os.posix_fallocate(descriptor, 0, num_bytes)
+                mapped[self.rank] = _map(descriptor, num_bytes)
+        except (OSError, RuntimeError) as error:
+            problem = error
+
+        def take(rank: int, received: int) -> None:
+            mapped[rank] = _map(received, num_bytes)
+
+        try:
+            self.signals.exchange(descriptor if problem is None else None, take)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        if problem is not None:
+            raise problem
 
     def count(self, kind: str, bucket: Tensor) -> None:
         if kind == "all_gather" and self.share_parameters:
@@ -104,7 +132,7 @@ class SharedMemoryTransport(GlooTransport):
     def begin_update(self) -> None:
         self._to_read.clear()
         if self.share_parameters:  # all ranks have used the parameters
-            self.signals.barrier(_READ)
+            self._barrier(_READ)
 
     def all_gather(self, bucket: Tensor) -> list[Handle]:
         first, num_bytes = bucket.data_ptr(), bucket.nbytes
@@ -116,17 +144,87 @@ class SharedMemoryTransport(GlooTransport):
         return super().all_gather(bucket)  # of a copy of the optimizer
 
     def end_update(self) -> None:
-        self.signals.barrier(_UPDATE)
+        self._barrier(_UPDATE)
         if not self.share_parameters:
             for memory, offset, num_bytes in self._to_read:
                 shards = [each.narrow(0, offset, num_bytes).chunk(self.world_size) for each in memory]
                 for rank in self.sources():
                     _copy(shards[self.rank][rank], shards[rank][rank])
-            self.signals.barrier(_READ)
+            self._barrier(_READ)
         self._to_read.clear()
+
+    def _barrier(self, mark: int) -> None:
+        with self.losing_ranks():
+            self.signals.barrier(mark)
+
+    @contextmanager
+    def losing_ranks(self) -> Iterator[None]:
+        """Whoever loses a rank in here hears in the meeting why."""
+        try:
+            yield
+        except LostError as error:
+            self.fail(error)
+
+    # All else: ranks write it onto their slates, and read each other's.
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        self.meter.count("all_reduce", tensor.nbytes)
+        parts = [row.view(tensor.dtype) for row in self._gather_rows(as_bytes(tensor.contiguous()))]
+        total = parts[0].clone()
+        for part in parts[1:]:  # in the same order on every rank
+            total = _REDUCE[op](total, part)
+        return tensor.copy_(total.view(tensor.shape))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if tensor.numel():
+            self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
+            message = as_bytes(tensor)
+            for part, slates in self._on_slates(message, self.rank == 0):
+                if self.rank != 0:
+                    part.copy_(slates[0])
+
+    def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
+        message = as_bytes(shard)
+        rows = None if bucket is None else as_bytes(bucket).view(self.world_size, -1)
+        self._fill(rows, message)
+
+    def _gather_rows(self, row: Tensor) -> Tensor:
+        message = as_bytes(row)
+        table = message.new_empty((self.world_size, message.numel()))
+        self._fill(table, message)
+        return table.view(row.dtype)
+
+    def _fill(self, rows: Tensor | None, message: Tensor) -> None:
+        """Bytes of each rank, as many of each, into the rows of a matrix where there is one (modified in place)."""
+        start = 0
+        for part, slates in self._on_slates(message):
+            if rows is not None:
+                for row, slate in zip(rows, slates, strict=True):
+                    row[start : start + part.numel()].copy_(slate)
+            start += part.numel()
+
+    def _on_slates(self, message: Tensor, writes: bool = True) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Parts of some bytes, and what the ranks have written there in their places."""
+        for start in range(0, message.numel(), _SLATE_BYTES):
+            part = message[start : start + _SLATE_BYTES]
+            slates = [slate[: part.numel()] for slate in self._slate]
+            if writes:
+                slates[self.rank].copy_(part)
+            self._barrier(_WRITTEN)
+            yield part, slates
+            self._barrier(_SEEN)
+
+    def summon(self) -> None:
+        """Nobody waits in Gloo."""
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
         return SharedMemoryReducer(self, self.map(max(1, SLOTS * Reducer.slot_bytes(buckets))))
+
+
+def _map(descriptor: int, num_bytes: int) -> Tensor:
+    """The memory of a file descriptor, which may be closed then."""
+    storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", shared=True, nbytes=num_bytes)
+    return torch.empty(0, dtype=torch.uint8).set_(cast("torch.UntypedStorage", storage))
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -148,6 +246,7 @@ class SharedMemoryReducer(SummingReducer):
 
     def __init__(self, transport: SharedMemoryTransport, memory: list[Tensor]) -> None:
         super().__init__(transport.world_size)
+        self._transport = transport
         self._signals = transport.signals
         self._rank = transport.rank
         self._memory = [each.chunk(SLOTS) for each in memory]
@@ -161,13 +260,18 @@ class SharedMemoryReducer(SummingReducer):
 
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
         self.finish()  # of the bucket before
-        number = self._signals.send(_MARKS + mark % (256 - _MARKS))
+        with self._transport.losing_ranks():
+            number = self._signals.send(_MARKS + mark % (256 - _MARKS))
         parts = [bucket.chunk(self.world_size)[self._rank] for bucket in self._opened]
         self._packed = _Packed(number, parts, out, accumulate)
         self._next += 1
 
+    def restart(self) -> None:
+        self._next, self._packed = 0, None
+
     def finish(self) -> None:
         if self._packed is not None:
-            self._signals.wait(self._packed.number)
-            self._sum(self._packed.out, self._packed.parts, self._packed.accumulate)
-            self._packed = None
+            packed, self._packed = self._packed, None
+            with self._transport.losing_ranks():
+                self._signals.wait(packed.number)
+            self._sum(packed.out, packed.parts, packed.accumulate)

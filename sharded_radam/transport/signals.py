@@ -7,104 +7,168 @@ needed or can be too small, and a rank that dies closes its sockets, which its p
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import select
 import socket
 import struct
 import sys
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sharded_radam.meeting import Connections, LostError
+
+MEET = 3
+"""Mark of a rank that does not go on: come to the meeting."""
+
 _CONNECT_S = 20.0
 _HELLO = struct.Struct("!I")
 
 
-class Signals:
+class Signals(Connections):
     """One connection to each other rank, on which each rank's marks come in order.
 
     A mark is one byte that says what a rank has done. Ranks do the same things in the same order, so the n-th marks of
-    all ranks must be equal. The system calls on both sides order the memory accesses around them.
+    all ranks must be equal; ``MEET`` is for the others to come to a meeting instead of going on. The system calls on
+    both sides order the memory accesses around them. Marks up to number ``excused`` are not compared: ranks have failed
+    together then.
     """
 
-    def __init__(self, rank: int, connections: dict[int, socket.socket], timeout: float) -> None:
+    def __init__(self, rank: int, connections: dict[int, socket.socket], timeout: float, key: str) -> None:
         self.rank = rank
+        self.key = key
+        self.sent = 0
         self._connections = connections
         self._timeout = timeout
-        self._awaited: deque[int] = deque()
-        self._sent = self._seen = 0
+        self._marks: dict[int, int] = {}
+        self._received = dict.fromkeys(connections, 0)
+        self.excused = 0
         for connection in connections.values():
             connection.settimeout(timeout)
 
     def send(self, mark: int) -> int:
         """Tell all others; returns the number of this mark, for ``wait``."""
-        self._awaited.append(mark)
+        self.sent += 1
+        self._marks[self.sent] = mark
+        lost: list[LostError] = []
         for rank, connection in self._connections.items():
             try:
                 connection.sendall(bytes([mark]))
-            except TimeoutError as error:
-                raise self._late(rank) from error
-            except OSError as error:
-                raise _gone(rank) from error
-        self._sent += 1
-        return self._sent
+            except OSError as error:  # the others are told all the same
+                lost.append(self._lost(rank, error))
+        if lost:
+            raise lost[0]
+        return self.sent
 
     def wait(self, number: int) -> None:
         """Return when all others have sent their mark of this number.
 
         Raises:
-            RuntimeError: a rank is gone, does not come within the time-out, or did something else.
+            LostError: a rank is gone, does not come within the time-out, did something else, or calls for a meeting.
         """
-        while self._seen < number:
-            expected = self._awaited[0]
-            for rank, connection in self._connections.items():
-                self._check(rank, self._receive(rank, connection), expected)
-            self._awaited.popleft()
-            self._seen += 1
+        apart: LostError | None = None
+        for rank, connection in self._connections.items():
+            while self._received[rank] < number:
+                mark = self._receive(rank, connection)[0]
+                self._received[rank] += 1
+                expected = self._marks[self._received[rank]]
+                if self._received[rank] > self.excused and mark != expected:
+                    apart = apart or self._apart(rank, mark, expected)
+        self._marks = {at: mark for at, mark in self._marks.items() if at > number}
+        if apart is not None:
+            raise apart
+
+    def _apart(self, rank: int, mark: int, expected: int) -> LostError:
+        return LostError(
+            f"rank {rank} is doing something else than rank {self.rank} (mark {mark}, expected {expected}): between "
+            "two steps all ranks must run the same number of backward passes, and call step(), zero_grad(), "
+            "grad_norm() and clip_grad_norm_() in the same order"
+        )
 
     def barrier(self, mark: int) -> None:
         """Return when all ranks have come here."""
         self.wait(self.send(mark))
 
+    def gone(self) -> str | None:
+        hung_up = select.POLLHUP | select.POLLRDHUP | select.POLLERR
+        closed = (rank for rank, connection in self._connections.items() if _events(connection) & hung_up)
+        return next((str(_gone(rank)) for rank in closed), None)
+
+    def is_ahead(self) -> bool:
+        for rank, connection in self._connections.items():
+            if _events(connection) == select.POLLIN:
+                waiting = connection.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                if self._received[rank] + len(waiting) > self.sent:
+                    return True
+        return False
+
+    def call(self) -> None:
+        with suppress(LostError):  # who is gone is seen by the next look
+            self.send(MEET)
+
+    def advance(self, number: int) -> None:
+        """Send marks until there are so many; what was sent so far is not compared."""
+        while self.sent < number:
+            self.call()
+        self.excused = max(self.excused, number)
+
     def _receive(self, rank: int, connection: socket.socket) -> bytes:
         try:
             received = connection.recv(1)
-        except TimeoutError as error:
-            raise self._late(rank) from error
         except OSError as error:
-            raise _gone(rank) from error
+            raise self._lost(rank, error) from error
         if not received:
             raise _gone(rank)
         return received
 
-    def _check(self, rank: int, received: bytes, expected: int) -> None:
-        if received[0] != expected:
-            self.close()
-            raise RuntimeError(
-                f"rank {rank} is doing something else than rank {self.rank} (mark {received[0]}, expected {expected}): "
-                "between two steps all ranks must run the same number of backward passes, and call step(), "
-                "zero_grad(), grad_norm() and clip_grad_norm_() in the same order"
-            )
+    def _lost(self, rank: int, error: OSError) -> LostError:
+        if isinstance(error, TimeoutError):
+            return LostError(f"rank {rank} did not come within the process group's time-out of {self._timeout:g} s")
+        return _gone(rank)
 
-    def _late(self, rank: int) -> RuntimeError:
-        self.close()
-        return RuntimeError(f"rank {rank} did not come within the process group's time-out of {self._timeout:g} s")
+    def exchange(self, descriptor: int | None, take: Callable[[int, int], None]) -> None:
+        """Collective: give a file descriptor, or none, to all others, and take theirs, one at a time.
 
-    def exchange(self, descriptor: int) -> dict[int, int]:
-        """Collective: the file descriptors of the other ranks, for the own one. The receiver closes them."""
+        Raises:
+            LostError: a rank is gone or late.
+            OSError: a descriptor could not be received, or what ``take`` raised, when all have been received.
+        """
         self.barrier(0)  # no mark is under way: what comes next is a descriptor
-        for connection in self._connections.values():
-            socket.send_fds(connection, [b"d"], [descriptor])
-        found = {}
         for rank, connection in self._connections.items():
+            try:
+                if descriptor is None:
+                    connection.sendall(b"n")
+                else:
+                    socket.send_fds(connection, [b"d"], [descriptor])
+            except OSError as error:
+                raise self._lost(rank, error) from error
+        problem: Exception | None = None
+        for rank, connection in self._connections.items():
+            for received in self._descriptors(rank, connection):
+                try:
+                    if received is None:  # the system drops what there is no room for
+                        raise OSError(errno.EMFILE, f"the file descriptor of rank {rank}: {os.strerror(errno.EMFILE)}")
+                    take(rank, received)
+                except (OSError, RuntimeError) as error:
+                    problem = problem or error
+                finally:
+                    if received is not None:
+                        os.close(received)
+        if problem is not None:
+            raise problem
+
+    def _descriptors(self, rank: int, connection: socket.socket) -> list[int | None]:
+        """What a rank gives: one descriptor, or none; None in its place if it could not be received."""
+        try:
             message, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-            if not message:
-                raise _gone(rank)
-            found[rank] = descriptors[0]
-        self.barrier(0)
-        return found
+        except OSError as error:
+            raise self._lost(rank, error) from error
+        if not message:
+            raise _gone(rank)
+        return [*descriptors] or ([None] if message == b"d" else [])
 
     def close(self) -> None:
         """Peers then see that this rank is gone."""
@@ -112,8 +176,17 @@ class Signals:
             connection.close()
 
 
-def _gone(rank: int) -> RuntimeError:
-    return RuntimeError(f"rank {rank} is gone: it ended, was killed, or failed before (its own error says why)")
+def _events(connection: socket.socket) -> int:
+    """What ``poll`` says of a connection, at once."""
+    if connection.fileno() < 0:  # closed on this side
+        return select.POLLHUP
+    poll = select.poll()
+    poll.register(connection, select.POLLIN | select.POLLRDHUP)
+    return next((events for _, events in poll.poll(0)), 0)
+
+
+def _gone(rank: int) -> LostError:
+    return LostError(f"rank {rank} is gone: it ended, was killed, or failed before (its own error says why)")
 
 
 Gather = Callable[[object], list[Any]]
@@ -162,7 +235,7 @@ def connect(rank: int, world_size: int, gather: Gather, timeout: float) -> Signa
                 for connection in connections.values():
                     connection.close()
                 return str(problems[0])
-    return Signals(rank, dict(sorted(connections.items())), timeout)
+    return Signals(rank, dict(sorted(connections.items())), timeout, heard[0][1])
 
 
 def _host() -> tuple[str, int, int] | None:
