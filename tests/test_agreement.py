@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch import nn
 from torch._C._distributed_c10d import FileStore
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import directory, files, loading, saving
+from sharded_radam.checkpoint import directory, files, liveness, loading, saving
 from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.board import Board
 from sharded_radam.checkpoint.contents import Staging
@@ -342,6 +343,30 @@ def test_a_rank_that_comes_back_as_a_new_process(victim: int) -> None:
     assert one(found).startswith(f"CheckpointError: saving a: rank {victim} has been silent for 0.4 s")
     group.peers[victim] = peers_of(store, victim, 3)
     assert works(group, "saving a")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_met", [True, False])
+def test_a_process_of_another_host(monkeypatch: pytest.MonkeyPatch, is_met: bool) -> None:
+    """That it cannot be reached is a sign only if it could be before: there may be a firewall."""
+    monkeypatch.setattr(liveness, "_is_own_to_each_host", lambda address: False)
+    store = Store()
+    known = Acquaintance(Board(store), store, 0, range(0))
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = liveness.Address("another", *listener.getsockname())
+    if is_met:
+        known.meet([address, None])
+        deadline = time.monotonic() + 20
+        while address not in known.met and time.monotonic() < deadline:
+            time.sleep(0.01)
+        watch = liveness.Watch(Board(store), known, 5.0)
+        assert not watch.has_ended(address)
+        assert not watch.has_ended(address)
+    listener.close()
+    assert liveness.Watch(Board(store), known, 5.0).has_ended(address) == is_met
+    if is_met:
+        assert watch.has_ended(address)  # the connection that it had is broken
+        watch.close()
 
 
 # Real processes
@@ -707,6 +732,8 @@ def check_two_groups(rank: int, world_size: int, folder: str) -> None:
         with replaced(saving.Save, "_write_file", write):
             optimizer.save(path, timeout=60)
     dist.barrier()
+    text = attempt(lambda: CheckpointManager(path.parent, timeout=60).save(2, optimizer=optimizer))
+    assert "optimizer: its process group has the ranks [0" in one(texts(world_size, text))
     optimizer.load(path, timeout=60)
     assert sorted(file.name for file in path.parent.iterdir()) == ["a", "step_1"]
     assert not (path / ".lock").exists()

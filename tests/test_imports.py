@@ -114,7 +114,7 @@ ALLOWED = {
     },
     "checkpoint.training": {
         *(f"checkpoint.{n}" for n in ("contents", "files", "index", "model_part", "optimizer_part")),
-        *(f"checkpoint.{n}" for n in ("other_optimizer", "reading", "undo")),
+        *(f"checkpoint.{n}" for n in ("other_optimizer", "peers", "reading", "undo")),
         "state",
     },
     "checkpoint.retention": {"checkpoint.directory", "checkpoint.index"},

@@ -19,7 +19,7 @@ from sharded_radam.checkpoint.contents import Opaque, Staging
 from sharded_radam.checkpoint.files import DataFiles
 from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.loading import load_checkpoint
-from sharded_radam.checkpoint.peers import Peers
+from sharded_radam.checkpoint.peers import Peers, ranks_of
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
 from sharded_radam.checkpoint.training import (
@@ -70,7 +70,7 @@ class CheckpointManager:
             raise ValueError(f"timeout={timeout}: expected seconds above 0")
         self.folder = Path(folder)
         self._mode = best_mode
-        self._peers = Peers.of(process_group)
+        self._peers, self._ranks = Peers.of(process_group), ranks_of(process_group)
         self._timeout = timeout
         self._thread = ThreadPoolExecutor(1, "sharded_radam-save")  # joined when the interpreter ends
         self._staging = Staging()
@@ -181,7 +181,9 @@ class CheckpointManager:
         self.wait()
 
         def collect() -> Saved:
-            nested = Training.of(model, optimizer, scheduler).content()
+            training = Training.of(model, optimizer, scheduler)
+            training.check_ranks(self._ranks)
+            nested = training.content()
             if user is not None:
                 nested["user"] = Opaque(user)
             own = {"rng": random_states()}

@@ -34,6 +34,13 @@ _lines: weakref.WeakKeyDictionary[Any, dict[str, Line]] = weakref.WeakKeyDiction
 """Of a default store, by ranks."""
 
 
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks of a group, None for the default one, among all processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return [0]
+    return dist.get_process_group_ranks(group or dist.group.WORLD)
+
+
 @dataclass(frozen=True, slots=True)
 class Peers:
     """The ranks that save and load together: those of a process group, or this process alone (``line`` None)."""
@@ -45,9 +52,7 @@ class Peers:
     @staticmethod
     def of(group: dist.ProcessGroup | None) -> Peers:
         """The ranks of a group (None: the default one, or this process alone where there is none)."""
-        if not dist.is_available() or not dist.is_initialized():
-            return Peers(0, 1, None)
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        ranks = ranks_of(group)
         if len(ranks) == 1:
             return Peers(0, 1, None)
         rank, name = dist.get_rank(group), hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]

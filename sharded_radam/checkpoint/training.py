@@ -21,6 +21,7 @@ from sharded_radam.checkpoint.index import Index
 from sharded_radam.checkpoint.model_part import model_content, model_targets
 from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart, Prepared, list_differences
 from sharded_radam.checkpoint.other_optimizer import OtherPart
+from sharded_radam.checkpoint.peers import ranks_of
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.undo import Change, may_fail, remember_model, remember_object, reset
 from sharded_radam.state import Entry
@@ -79,6 +80,16 @@ class Training:
         return found
 
     # Saving
+
+    def check_ranks(self, ranks: list[int]) -> None:
+        """Raise ValueError if the state of an optimizer is partitioned over other ranks than those that save."""
+        for name, optimizer in self.optimizers.items():
+            group = getattr(getattr(optimizer, "optimizer", optimizer), "process_group", None)
+            if group is not None and (own := ranks_of(group)) != ranks:
+                raise ValueError(
+                    f"{_key('optimizer', name)}: its process group has the ranks {own}, those that save are {ranks}: "
+                    "give CheckpointManager its process_group, and a folder of its own"
+                )
 
     def content(self) -> dict[str, Any]:
         """What all ranks save."""
