@@ -37,7 +37,7 @@ def facts(
         for option, value in group.items():
             if option not in ("params", "param_names"):
                 values[f"{option} of param group {number}"] = repr(_plain(value))
-        params += group["params"]
+        params += [param for param in group["params"] if param in names]  # others, such as integers, take no part
     for param in params:
         values[f"the step count of '{names[param]}'"] = repr(_plain(state.get(param, {}).get("step", 0)))
     return Facts(values, [names[param] for param in params], params)
