@@ -14,7 +14,6 @@ import json
 import pickle
 import pickletools
 import random
-import re
 import resource
 import shutil
 import signal
