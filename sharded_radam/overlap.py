@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -136,7 +137,7 @@ class _Gate:
     def __init__(self, arrivals: Arrivals | None = None) -> None:
         self._arrivals = arrivals
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # imports dynamo at the first call, where torch.compiler.disable does now
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if self._arrivals is not None:
             self._arrivals.wait_for(module.parameters(recurse=False))
