@@ -113,7 +113,7 @@ def assert_same(found: Any, value: Any) -> None:
         assert getattr(found, "tag", None) == getattr(value, "tag", None)
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{type(value).__name__}-{value!r:.30}")
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_plain_values_come_back_with_their_types(value: Any) -> None:
     assert_same(decode(saved(value)), value)
     assert_same(decode(saved({"x": [value]})), {"x": [value]})
@@ -151,7 +151,7 @@ def test_values_of_another_byte_order() -> None:
         *(torch.empty(2, device="meta"), torch.nested.nested_tensor([torch.ones(2)]), torch.ones(2).untyped_storage()),
         *(range(3), torch.strided, Path("x"), nn.Linear(2, 2), print, torch.nn.Linear, Attributes(a=1)),
     ],
-    ids=lambda value: f"{type(value).__name__}-{value!r:.20}",
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_plain_value(value: Any) -> None:
     """It is refused when it is saved, since what was saved is read again then."""
