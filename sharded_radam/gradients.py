@@ -541,6 +541,8 @@ class _Hook(NamedTuple):
 
 _hooks: Any = WeakIdKeyDictionary()
 _alive: weakref.WeakSet[ShardedGradients] = weakref.WeakSet()
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_was_searched: list[bool] = []
 
 
 def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Tensor) -> None:
@@ -552,7 +554,10 @@ def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Te
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:
     """Raise ValueError if DistributedDataParallel averages the gradients of these parameters."""
-    for module in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
+    if not _was_searched:  # for those that were built before this was imported
+        _was_searched.append(True)
+        _wrapped.update(each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
+    for module in _wrapped:
         _check_disjoint(module, params)
 
 
@@ -567,6 +572,7 @@ def _check_disjoint(module: nn.Module, params: Sequence[Tensor]) -> None:
 
 def _on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
     if isinstance(module, DistributedDataParallel) and child is not None:
+        _wrapped.add(module)
         for gradients in _alive:
             _check_disjoint(child, [param for flat in gradients.flats for param in flat.params])
 

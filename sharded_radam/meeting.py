@@ -36,7 +36,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
 _QUIET_S = 10.0
 """After which a rank that waits says so, once."""
 
-_GRACE_S = 1.5
+_GRACE_S = 5.0
 """How long a rank that has failed waits for the others to say what they know."""
 
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, MemoryError)

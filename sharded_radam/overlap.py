@@ -89,7 +89,8 @@ class Arrivals:
 
     def begin(self, flats: Sequence[Flat], handles: dict[tuple[int, int], list[Handle]]) -> None:
         """Take over the gathers of a step, which was called on the current stream."""
-        self._streams = [torch.cuda.current_stream(flat.buffer.device) for flat in flats if flat.buffer.is_cuda]
+        devices = {flat.buffer.device for flat in flats if flat.buffer.is_cuda and torch.cuda.is_available()}
+        self._streams = [torch.cuda.current_stream(device) for device in devices]
         self._handles = {where: some for where, some in handles.items() if some}
         found: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for index, flat in enumerate(flats):

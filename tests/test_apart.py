@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from tests.ranks import CONTEXT, WORLD_SIZES, run
+from tests.ranks import CONTEXT, WORLD_SIZES, run, stop
 
 TIMEOUT_S = 3.0
 SOON_S = 10.0
@@ -373,8 +373,11 @@ def test_a_rank_that_is_killed_while_ranks_gather(tmp_path: Path, world_size: in
     texts = [(tmp_path / f"told{rank}").read_text().split(" ", 2) for rank in range(world_size - 1)]
     assert all(float(seconds) < 8 for seconds, _, _ in texts), texts
     assert len({text for _, _, text in texts}) == 1, texts
-    assert f"rank {world_size - 1} " in texts[0][2]
-    assert "is gone" in texts[0][2]
+    if transport == "native":  # Gloo's own gather says that a connection was closed, and not whose
+        assert "a rank did not come within 20 s, or is gone" in texts[0][2]
+    else:
+        assert f"rank {world_size - 1} " in texts[0][2]
+        assert "is gone" in texts[0][2]
 
 
 # Descriptors
@@ -403,6 +406,7 @@ def limited(rank: int, world_size: int, limit: int, num_groups: int) -> tuple[in
 
 def test_descriptors_do_not_grow_with_groups_and_ranks() -> None:
     """16 ranks, 48 param groups, 64 descriptors."""
+    stop()  # ranks of tests before have others open
     assert run(limited, 16, 64, 48) == [(2, "shared_memory")] * 16
 
 

@@ -75,12 +75,11 @@ def test_text_and_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 class Wrong(ShardedRAdam):
-    """With another learning rate on the last rank."""
+    """With another learning rate, on all ranks: if one had it, the first step would say so."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self._network.rank == self._network.world_size - 1:
-            self.param_groups[0]["lr"] = 0.02
+        self.param_groups[0]["lr"] = 0.02
 
 
 def check_wrong(rank: int, world_size: int) -> None:

@@ -114,13 +114,13 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     job = submit(tmp_path, "--steps", 2000)
     wait(lambda: is_training(tmp_path), log)
     other = run("sbatch", "--parsable", "--partition=high", "--ntasks=4", "--output=/dev/null", "--wrap=true").strip()
-    wait(lambda: field(job, "Restarts") == "1" and field(other, "JobState") == "COMPLETED", log)
+    wait(lambda: field(job, "Restarts") == "1" and field(other, "JobState") == "COMPLETED", log, 150)
     stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
     assert 3 < stopped_at < 2000
     assert f"asked to stop after step {stopped_at}: saving" in log.read_text()
     # Slurm itself waits for 2 minutes; within a few seconds the node would refuse a job that it has just ended.
     run("scontrol", "update", f"JobId={job}", "StartTime=now+10seconds")
-    wait(lambda: field(job, "JobState") == "COMPLETED", log)
+    wait(lambda: field(job, "JobState") == "COMPLETED", log, 150)
     assert "resumed: 16/16 parameters" in log.read_text()
     assert committed_steps(tmp_path / "checkpoints")[-1] == 2000
     assert sorted(losses(tmp_path)) == list(range(1, 2001))
