@@ -23,8 +23,9 @@ import logging
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,6 +71,8 @@ class ShardedGradients:
         self.flats: list[Flat] = []
         self.sums: list[Tensor] = []
         self.is_unscaled = False
+        self._this = weakref.ref(self)
+        self._hooks: dict[Slots, _Hook] = {}
         self._shards: list[list[GradShard]] = []
         self._transport = transport
         self._check = check
@@ -148,18 +151,25 @@ class ShardedGradients:
         Args:
             take_over: take those of others too.
         """
-        this = weakref.ref(self)
         for index, flat in enumerate(self.flats):
             for slot, param in enumerate(flat.params):
-                hook = _hooks.get(param)
-                owner = None if hook is None else hook.owner()
-                if param.requires_grad and owner is not self and (owner is None or take_over):
-                    if hook is not None:
-                        hook.handle.remove()
-                    handle = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                        partial(_on_gradient, this, (index, slot))
-                    )
-                    _hooks[param] = _Hook(handle, this)
+                known = self._hooks.get((index, slot))
+                if param.requires_grad and (known is None or known.owner is not self._this):
+                    self._listen_to((index, slot), take_over)
+
+    def _listen_to(self, key: Slots, take_over: bool) -> None:
+        param = self._param(key)
+        hook = _hooks.get(param)
+        if hook is None:
+            hook = _hooks[param] = _Hook()
+        if take_over or hook.owner() is None:
+            if hook.handle is not None:
+                hook.handle.remove()
+            hook.handle = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(_on_gradient, self._this, key)
+            )
+            hook.owner = self._this
+        self._hooks[key] = hook
 
     @torch.no_grad()
     def arrive(self, key: Slots) -> None:
@@ -339,7 +349,7 @@ class ShardedGradients:
 
     def _check_owner(self) -> None:
         for key in self._keys():
-            grad, hook = self._param(key).grad, _hooks.get(self._param(key))
+            grad, hook = self._param(key).grad, self._hooks.get(key)
             if grad is not None and hook is not None and hook.owner() not in (self, None):
                 raise RuntimeError(
                     f"the gradient of '{self._shard(key).spec.name}' is sharded by another optimizer: the one that was "
@@ -534,9 +544,16 @@ class ShardedGradients:
             self.unscale_(inv_scale, found_inf)
 
 
-class _Hook(NamedTuple):
-    handle: RemovableHandle
-    owner: weakref.ref[ShardedGradients]
+def _nobody() -> None:
+    return None
+
+
+@dataclass(slots=True)
+class _Hook:
+    """The hook of a parameter, and whose it is; an optimizer that takes it over changes this object."""
+
+    handle: RemovableHandle | None = None
+    owner: Callable[[], ShardedGradients | None] = _nobody
 
 
 _hooks: Any = WeakIdKeyDictionary()
