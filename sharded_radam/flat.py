@@ -169,7 +169,8 @@ class Flat:
         Autograd then refuses a backward pass through a graph that was made with the values before, as it does after a
         step of RAdam.
         """
-        torch.autograd.graph.increment_version([self.params[slot] for slot in slots])
+        for slot in slots:  # one by one: not every release of torch takes a list
+            torch.autograd.graph.increment_version(self.params[slot])
 
     def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy the own elements of a parameter's state, or zeros; masters from the parameter if it has none.

@@ -174,8 +174,8 @@ def _row(row: Sequence[str] | None) -> str:
 
 def broadcast_(tensors: Sequence[Tensor], transport: Transport) -> None:
     """Collective: rank 0's values into tensors of any memory order (modified in place)."""
-    torch.autograd.graph.increment_version(tensors)
     for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
         flat = flatten(tensor.detach(), dim_order(tensor)).contiguous()
         transport.broadcast(flat)
         if flat.data_ptr() != tensor.data_ptr():
