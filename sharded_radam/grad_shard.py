@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from sharded_radam.memory import as_real, flatten
+from sharded_radam.memory import as_real, flat_gradient, flatten
 from sharded_radam.plan import ParamSpec
 
 aten = torch.ops.aten
@@ -21,8 +21,8 @@ _FILLING = (aten.zero_, aten.fill_, aten.copy_, aten.masked_fill_)
 class Owner(Protocol):
     """Whoever reduces the gradients."""
 
-    def finish(self) -> object:
-        """Collective: reduce all that is left."""
+    def reduce_once(self) -> None:
+        """Collective the first time after a backward pass: reduce all that is left."""
 
     def end_rounds(self) -> None:
         """Collective only after a backward pass that did not end: send what was begun, and wait for it."""
@@ -85,13 +85,13 @@ class GradShard(torch.Tensor):
 
     def assign(self, grad: Tensor) -> None:
         """Take the own elements of a whole gradient, as it is."""
-        flat = flatten(grad.detach().resolve_conj().resolve_neg(), self.spec.dim_order)
+        flat, reals = flat_gradient(grad, self.spec), 2 if self.is_complex() else 1
         for start, piece in self.pieces:
-            piece.copy_(flat.narrow(0, start, piece.numel()))
+            as_real(piece).copy_(flat.narrow(0, reals * start, reals * piece.numel()))
 
     def send(self, grad: Tensor) -> None:
         """Note a local gradient that is to be reduced, beside what is already."""
-        flat = as_real(flatten(grad.detach().resolve_conj().resolve_neg(), self.spec.dim_order))
+        flat = flat_gradient(grad, self.spec)
         self.sending = flat if self.sending is None else self.sending + flat
 
     def _add(self, grad: Tensor, in_place: bool) -> GradShard:
@@ -148,7 +148,7 @@ class GradShard(torch.Tensor):
                 owner.end_rounds()
             self.sending = self.fresh = None
         elif owner is not None:
-            owner.finish()
+            owner.reduce_once()
         return self._change(func, args, options)
 
 

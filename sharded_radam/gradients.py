@@ -18,6 +18,7 @@ when its other hooks have run too, which is when the next gradient comes or the 
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -26,7 +27,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ class ShardedGradients:
         self._reducer: Reducer | None = None
         self._epoch = 0
         self._arriving: Slots | None = None
-        self._task = self._settling_task = -1  # the backward passes of the last arrival, of the last callback
+        self._task = -1  # the backward pass of the last arrival
         self._restarted = transport.restarted
         self._has_grad: set[Slots] = set()
         # Parameters in whose ``.grad`` the shard was left: if it is gone, somebody dropped that gradient.
@@ -99,7 +99,6 @@ class ShardedGradients:
 
     def extend(self, flats: Sequence[Flat]) -> None:
         """Take in more flats; what was accumulated before must have been reduced."""
-        this = weakref.ref(self)
         for flat in flats:
             dtype = flat.state["exp_avg"].dtype.to_real()
             total = zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device)
@@ -110,7 +109,10 @@ class ShardedGradients:
             for at in (own.piece for pieces_ in flat.pieces for own in pieces_):
                 pieces[at.slot].append((at.start, local.narrow(0, at.local_start, at.numel)))
             self._shards.append(
-                [GradShard(p, spec, own, this) for p, spec, own in zip(flat.params, flat.specs, pieces, strict=True)]
+                [
+                    GradShard(p, spec, own, self._this)
+                    for p, spec, own in zip(flat.params, flat.specs, pieces, strict=True)
+                ]
             )
         self._reducer = None
         self._expected: set[Slots] = set()
@@ -166,7 +168,7 @@ class ShardedGradients:
             if hook.handle is not None:
                 hook.handle.remove()
             hook.handle = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(_on_gradient, self._this, key)
+                functools.partial(_on_gradient, self._this, key)
             )
             hook.owner = self._this
         self._hooks[key] = hook
@@ -175,9 +177,10 @@ class ShardedGradients:
     def arrive(self, key: Slots) -> None:
         """Note that backward has accumulated a gradient; reduce what the ones before have made complete."""
         self.settle()
-        if self._task != torch._C._current_graph_task_id():
-            self._task = torch._C._current_graph_task_id()
+        if self._task != (task := torch._C._current_graph_task_id()):
+            self._task = task
             self._notice_dropped()
+            torch.autograd.Variable._execution_engine.queue_callback(self.settle)  # when that pass ends
         self._is_reduced = self.is_unscaled = False
         if not self._syncing:
             self._is_behind = True
@@ -200,13 +203,6 @@ class ShardedGradients:
             self._launch_next()
         if self._progress.is_over:
             self._begin_round()
-
-    def settle_after_backward(self) -> None:
-        """Have the backward pass that runs now settle its last gradient in its end."""
-        task = torch._C._current_graph_task_id()
-        if task != self._settling_task:
-            self._settling_task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
 
     def _take(self, key: Slots) -> None:
         """Move the local gradient out of ``.grad``, where its shard stays."""
@@ -338,6 +334,11 @@ class ShardedGradients:
             self._raise_not_finite()
         self._follow_assigned()
         return [[self._is_present((i, slot)) for slot in range(len(flat.params))] for i, flat in enumerate(self.flats)]
+
+    def reduce_once(self) -> None:
+        """Collective the first time after a backward pass: reduce all that is left."""
+        if not self._is_reduced:
+            self.finish()
 
     def end_rounds(self) -> None:
         """Send what was begun, and wait for it. Collective only after a backward pass that did not end."""
@@ -473,8 +474,7 @@ class ShardedGradients:
 
     def own(self, complex_views: bool = False) -> list[Tensor]:
         """1-D views of all pieces of the own shards whose parameter has a gradient."""
-        pieces = [piece for key in self._keys() if self._is_present(key) for _, piece in self._shard(key).pieces]
-        return pieces if complex_views else [as_real(piece) for piece in pieces]
+        return [piece if complex_views else as_real(piece) for _, _, piece in self.pieces()]
 
     def pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
         """Parameter, elements in memory order, and 1-D view of the gradient, of all own pieces that have one."""
@@ -487,18 +487,16 @@ class ShardedGradients:
     def whole(self, param: Tensor) -> Tensor | None:
         """Collective: all elements of a gradient, shaped as its parameter and of its dtype; None if it has none."""
         present = self.finish()
-        (index, slot), plan = self._key_of(param), self.flats[self._key_of(param)[0]].plan
+        index, slot = key = self._key_of(param)
         if not present[index][slot]:
             return None
-        flat, at = self.flats[index], plan.slots[slot]
+        flat, plan, at = self.flats[index], self.flats[index].plan, self.flats[index].plan.slots[slot]
         found = self.sums[index].new_empty(flat.reals * at.numel)
-        for _, bucket in self._buckets_of((index, slot)):
+        for _, bucket in self._buckets_of(key):
             first, stop = plan.bucket_range(bucket)
             table = found.new_empty(flat.reals * (stop - first))
             start, end = (flat.reals * edge for edge in plan.local_range(bucket))
-            table.chunk(self._transport.world_size)[self._transport.rank].copy_(self.sums[index][start:end])
-            for handle in self._transport.all_gather(table):
-                handle.wait()
+            self._transport.gather_to_all(self.sums[index][start:end], table)
             low, high = max(first, at.start), min(stop, at.start + at.numel)
             found[flat.reals * (low - at.start) : flat.reals * (high - at.start)] = table[
                 flat.reals * (low - first) : flat.reals * (high - first)
@@ -559,23 +557,25 @@ class _Hook:
 _hooks: Any = WeakIdKeyDictionary()
 _alive: weakref.WeakSet[ShardedGradients] = weakref.WeakSet()
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_was_searched: list[bool] = []
 
 
 def _on_gradient(gradients: weakref.ref[ShardedGradients], key: Slots, param: Tensor) -> None:
     found = gradients()
     if found is not None:
         found.arrive(key)
-        found.settle_after_backward()
 
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:
     """Raise ValueError if DistributedDataParallel averages the gradients of these parameters."""
-    if not _was_searched:  # for those that were built before this was imported
-        _was_searched.append(True)
-        _wrapped.update(each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
+    _find_wrapped()
     for module in _wrapped:
         _check_disjoint(module, params)
+
+
+@functools.cache
+def _find_wrapped() -> None:
+    """Note, once, what was wrapped before this was imported; :func:`_on_module` sees the rest."""
+    _wrapped.update(each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
 
 
 def _check_disjoint(module: nn.Module, params: Sequence[Tensor]) -> None:

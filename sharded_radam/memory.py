@@ -68,10 +68,9 @@ def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return (tensor if contiguous else tensor.permute(tuple(order))).reshape(-1)
 
 
-def flat_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
+def flat_gradient(grad: Tensor, spec: ParamSpec) -> Tensor:
     """A parameter's gradient as 1-D real numbers, in the order in which the parameter is in its slot."""
-    assert param.grad is not None
-    return as_real(flatten(param.grad.detach().resolve_conj().resolve_neg(), spec.dim_order))
+    return as_real(flatten(grad.detach().resolve_conj().resolve_neg(), spec.dim_order))
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ def check_norm(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None
         )
 
 
+def _clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients (modified in place) whose norm this is, as torch does."""
+    if grads:
+        torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
+
+
 def _check_engine(fused: bool, foreach: bool, differentiable: bool, shares_more: bool) -> None:
     if fused and (foreach or differentiable):
         raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
@@ -405,9 +411,10 @@ class ShardedRAdam(RAdam, Joinable):
             if self._gradients is not None:
                 self._gradients.stepped()
             return True
-        grads = self._own_grads() if scale is not None else []
-        if scale is not None and grads:
-            torch._foreach_mul_(grads, scale.double().reciprocal().float())
+        if scale is not None:
+            self._reduce_gradients()
+            if grads := self._own_grads():
+                torch._foreach_mul_(grads, scale.double().reciprocal().float())
         return False
 
     def _prepare(self) -> list[list[Cohort]]:
@@ -487,7 +494,9 @@ class ShardedRAdam(RAdam, Joinable):
                     grad = sums.narrow(0, reals * at.local_start, reals * at.numel)
                 else:
                     if at.slot not in grads:
-                        grads[at.slot] = flat_gradient(flat.params[at.slot], flat.specs[at.slot])
+                        param_grad = flat.params[at.slot].grad
+                        assert param_grad is not None
+                        grads[at.slot] = flat_gradient(param_grad, flat.specs[at.slot])
                     grad = grads[at.slot]
                     if at.numel != flat.plan.slots[at.slot].numel:
                         grad = grad.narrow(0, reals * at.start, reals * at.numel)
@@ -591,7 +600,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         norm = self.grad_norm(norm_type)
         check_norm(norm, norm_type, error_if_nonfinite)
-        self.clip_grads_with_norm_(max_norm, norm)
+        _clip_(self._own_grads(), max_norm, norm)
         return norm
 
     @torch.no_grad()
@@ -600,9 +609,8 @@ class ShardedRAdam(RAdam, Joinable):
 
         As ``torch.nn.utils.clip_grads_with_norm_``. Collective with ``shard_gradients``.
         """
-        grads = self._own_grads()
-        if grads:
-            torch._foreach_mul_(grads, (max_norm / (total_norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
+        self._reduce_gradients()
+        _clip_(self._own_grads(), max_norm, total_norm)
 
     @torch.no_grad()
     def clip_grad_value_(self, clip_value: float) -> None:
@@ -610,17 +618,19 @@ class ShardedRAdam(RAdam, Joinable):
 
         Collective with ``shard_gradients``.
         """
+        self._reduce_gradients()
         grads = self._own_grads()
         if grads:
             torch._foreach_clamp_min_(grads, -clip_value)
             torch._foreach_clamp_max_(grads, clip_value)
 
+    def _reduce_gradients(self) -> None:
+        if self._gradients is not None:
+            self._gradients.finish()
+
     def _own_grads(self) -> list[Tensor]:
-        """Real tensors with all elements of gradients that this rank is to change."""
-        if self._gradients is None:
-            return self._local_grads()
-        self._gradients.finish()
-        return self._gradients.own()
+        """Real tensors with all elements of gradients, reduced before, that this rank is to change."""
+        return self._local_grads() if self._gradients is None else self._gradients.own()
 
     def full_grad(self, param: Tensor) -> Tensor | None:
         """The whole mean gradient of a parameter. Collective with ``shard_gradients``.
@@ -651,8 +661,8 @@ class ShardedRAdam(RAdam, Joinable):
                 grad.copy_(changed)
 
     def _grad_pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
+        self._reduce_gradients()
         if self._gradients is not None:
-            self._gradients.finish()
             yield from self._gradients.pieces()
             return
         for group in self.param_groups:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _get_scalar_dtype
 
-from sharded_radam.flat import Flat
+from sharded_radam.flat import HALF_DTYPES, Flat
 from sharded_radam.memory import unflatten
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.transport import Transport
@@ -102,7 +102,7 @@ def full_precision(model: nn.Module, masters: Mapping[Tensor, Tensor]) -> dict[s
             return value
         source = params.get(name, value)
         if id(source) not in copies:
-            is_half = value.dtype in (torch.float16, torch.bfloat16)
+            is_half = value.dtype in HALF_DTYPES
             copy = value.detach().to("cpu", torch.float32 if is_half else value.dtype, copy=True)
             copies[id(source)] = masters.get(source, copy)
         return copies[id(source)]
@@ -145,7 +145,11 @@ def gather_flat(
     )
     for name, bucket in _name_and_bucket(flat, state):
         start, stop = flat.plan.bucket_range(bucket)
-        _gather_bucket(flat.shard_state(name, bucket), staging[: stop - start], transport, to)
+        shard, whole = flat.shard_state(name, bucket), staging[: stop - start]
+        if to is None:
+            transport.gather_to_all(shard, whole)
+        else:
+            transport.gather(shard, whole, to)
         for slot, tensors in zip(flat.plan.slots, found, strict=True):
             first, last = max(slot.start, start), min(slot.start + slot.numel, stop)
             if first < last:
@@ -154,15 +158,6 @@ def gather_flat(
         {name: unflatten(tensor, param) for name, tensor in tensors.items()}
         for param, tensors in zip(flat.params, found, strict=True)
     ]
-
-
-def _gather_bucket(shard: Tensor, bucket: Tensor, transport: Transport, to: int | None) -> None:
-    if to is not None:
-        transport.gather(shard, bucket, to)
-        return
-    bucket.chunk(transport.world_size)[transport.rank].copy_(shard)
-    for handle in transport.all_gather(bucket):
-        handle.wait()
 
 
 def _name_and_bucket(flat: Flat, names: Iterable[str]) -> Iterator[tuple[str, int]]:

@@ -162,6 +162,12 @@ class Transport(ABC):
         for handle in handles:
             handle.wait()
 
+    def gather_to_all(self, shard: Tensor, bucket: Tensor) -> None:
+        """Collective: fill a 1-D ``bucket`` (modified in place) with the shards of all ranks, on every rank."""
+        bucket.chunk(self.world_size)[self.rank].copy_(shard)
+        for handle in self.all_gather(bucket):
+            handle.wait()
+
     def send(self, tensor: Tensor, to: int) -> None:
         """Send to one rank of the group, which calls receive."""
         self._isend(tensor, to).wait()
@@ -225,9 +231,7 @@ class Transport(ABC):
     def _gather_rows(self, row: Tensor) -> Tensor:
         """A 1-D tensor of each rank, all of one length, as the rows of a 2-D one on CPU."""
         table = row.new_empty((self.world_size, row.numel()))
-        table[self.rank] = row
-        for handle in self.all_gather(table.view(-1)):
-            handle.wait()
+        self.gather_to_all(row, table.view(-1))
         return table.cpu()
 
     def average(self, tensor: Tensor) -> Tensor:
