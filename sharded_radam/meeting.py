@@ -26,12 +26,11 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from sharded_radam.board import Board, StoreLostError, pauses
+
 T = TypeVar("T")
 
 logger = logging.getLogger("sharded_radam")
-
-_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
-"""Between two looks at the store; they grow to a tenth of the time waited, so that it can be asked by thousands."""
 
 _QUIET_S = 10.0
 """After which a rank that waits says so, once."""
@@ -93,7 +92,7 @@ class Meeting:
         self.world_size = world_size
         self.timeout = timeout
         self.connections = Connections()
-        self._store = store
+        self._board = None if store is None else Board(store)
         self._written: deque[list[str]] = deque()
 
     @staticmethod
@@ -139,14 +138,14 @@ class Meeting:
             Exception: on every rank, in the same words: a rank had a problem, did something else, or did not come. Of
                 a rank's problem, its type if that is one of Python's for wrong arguments; otherwise RuntimeError.
         """
-        if self._store is None:
+        if self._board is None:
             if problem is not None:
                 raise problem
             return decide([offer] * self.world_size)
         post = {**_post(what, offer, problem), "sent": {self.connections.key: self.connections.sent}}
         try:
-            verdict = self._verdict(what, post, decide)
-        except dist.DistNetworkError as error:
+            verdict = self._verdict(self._board, what, post, decide)
+        except StoreLostError as error:
             verdict = {"failure": f"{what}: the process that has the store of the process group is gone ({error})"}
         if "failure" not in verdict:
             return verdict["value"]
@@ -172,77 +171,69 @@ class Meeting:
         self.agree(what, None, problem)
         return made
 
-    def _verdict(self, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]) -> dict[str, Any]:
-        token = self._join(post)
-        self._store.set(f"{token}/{self.rank}", json.dumps(post))
-        if self._store.add(f"{token}/count", 1) == self.world_size:
-            return self._settle(token, decide)
-        if self._store.compare_set(f"{token}/what", "", what).decode() != what:
-            return self._settle(token)
+    def _verdict(
+        self, board: Board, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]
+    ) -> dict[str, Any]:
+        token = self._join(board, post)
+        board.put(f"{token}/{self.rank}", json.dumps(post))
+        if board.count(f"{token}/count") == self.world_size:
+            return self._settle(board, token, decide)
+        if board.claim(f"{token}/what", what) != what:
+            return self._settle(board, token)
         patience = min(_GRACE_S, self.timeout) if "problem" in post else self.timeout
         begin, patiently = time.monotonic(), _QUIET_S
-        while (verdict := self._look(token)) is None:
+        for _ in pauses():
+            verdict: dict[str, Any] | None = board.look(f"{token}/verdict")
+            if verdict is not None:
+                break
             waited = time.monotonic() - begin
             if (vain := self.connections.gone()) is not None:
-                return self._settle(token, vain=vain)
-            if self.connections.is_ahead() and self._look(token) is None:  # otherwise it has left this meeting
+                return self._settle(board, token, vain=vain)
+            # Otherwise it has left this meeting.
+            if self.connections.is_ahead() and board.read(f"{token}/verdict") is None:
                 self.connections.call()
             if waited >= patience:
-                return self._settle(token, vain=f"did not come within {patience:g} s; {_MISSING}")
+                return self._settle(board, token, vain=f"did not come within {patience:g} s; {_MISSING}")
             if waited > patiently:
-                logger.warning("%s: rank %d waits for others (came: %s)", what, self.rank, [*self._posts(token)])
+                logger.warning("%s: rank %d waits for others (came: %s)", what, self.rank, [*self._posts(board, token)])
                 patiently = math.inf
-            time.sleep(min(max(_PAUSE_S, waited / 10), _LONGEST_PAUSE_S))
-        return verdict
+        return cast("dict[str, Any]", verdict)
 
-    def _join(self, post: dict[str, Any]) -> str:
+    def _join(self, board: Board, post: dict[str, Any]) -> str:
         """The token of the open operation, after opening one if this rank has been in it, or it failed without us."""
         fresh = secrets.token_hex(8)
-        token = str(self._store.compare_set("open", "", fresh).decode())
-        while token != fresh and self._is_over(token, post):
-            token = str(self._store.compare_set("open", token, fresh).decode())
+        token = board.exchange("open", "", fresh)
+        while token != fresh and self._is_over(board, token, post):
+            token = board.exchange("open", token, fresh)
         self._written.append([f"{token}/{self.rank}"])
         if token == fresh:
             self._written[-1] += [f"{token}/{name}" for name in ("count", "what", "verdict")]
         if len(self._written) > 8:  # every rank has left that one long ago
-            for key in self._written.popleft():
-                self._store.delete_key(key)
+            board.drop(*self._written.popleft())
         return token
 
-    def _is_over(self, token: str, post: dict[str, Any]) -> bool:
+    def _is_over(self, board: Board, token: str, post: dict[str, Any]) -> bool:
         """For this rank. One that is late, or has lost the others, learns how the operation ended that it missed."""
-        if self._store.check([f"{token}/{self.rank}"]):
+        if board.has([f"{token}/{self.rank}"]):
             return True
-        if not self._store.check([f"{token}/verdict"]) or post.get("lost"):
+        if not board.has([f"{token}/verdict"]) or post.get("lost"):
             return False
-        return post["what"] not in {each["what"] for each in self._posts(token).values()}
+        return post["what"] not in {each["what"] for each in self._posts(board, token).values()}
 
-    def _posts(self, token: str) -> dict[int, dict[str, Any]]:
-        keys = [f"{token}/{rank}" for rank in range(self.world_size)]
-        if self._store.check(keys):
-            return {rank: json.loads(post) for rank, post in enumerate(self._store.multi_get(keys))}
-        return {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys) if self._store.check([key])}
+    def _posts(self, board: Board, token: str) -> dict[int, dict[str, Any]]:
+        return board.look_at_all({rank: f"{token}/{rank}" for rank in range(self.world_size)})
 
     def _settle(
-        self, token: str, decide: Callable[[list[Any]], Any] = lambda offers: None, vain: str = ""
+        self, board: Board, token: str, decide: Callable[[list[Any]], Any] = lambda offers: None, vain: str = ""
     ) -> dict[str, Any]:
         """Write a verdict unless there is one; return the one that counts."""
-        posts = self._posts(token)
+        posts = self._posts(board, token)
         verdict = _judge(posts, self.world_size, decide, vain)
         sent: dict[str, int] = {}
         for key, number in (pair for post in posts.values() for pair in post["sent"].items()):
             sent[key] = max(sent.get(key, 0), number + 1)
-        found = self._store.compare_set(
-            f"{token}/verdict", "", json.dumps({**verdict, "sent": sent, "came": len(posts)})
-        )
-        return cast("dict[str, Any]", json.loads(found))
-
-    def _look(self, token: str) -> dict[str, Any] | None:
-        """The verdict, if it is there. ``store.wait`` would say on stderr each time that it is not."""
-        key = f"{token}/verdict"
-        if not self._store.check([key]):
-            return None
-        return cast("dict[str, Any]", json.loads(self._store.get(key)))
+        found = board.claim(f"{token}/verdict", {**verdict, "sent": sent, "came": len(posts)})
+        return cast("dict[str, Any]", found)
 
 
 def is_agreed(error: Exception) -> bool:
@@ -270,7 +261,7 @@ def _judge(
     """What follows from the posts that there are; ``vain`` says why no more of them are waited for."""
     doing = _by_value({rank: post["what"] for rank, post in posts.items()})
     if len(doing) > 1:
-        calls = "; ".join(f"{_ranks(ranks)}: {what}" for what, ranks in doing.items())
+        calls = "; ".join(f"{name_ranks(ranks)}: {what}" for what, ranks in doing.items())
         return {"failure": f"ranks do different things ({calls}): all ranks must make the same calls in the same order"}
     failed = {rank: post for rank, post in posts.items() if "problem" in post and not post["lost"]}
     problems = _by_value({rank: post["problem"] for rank, post in failed.items()})
@@ -285,7 +276,7 @@ def _judge(
         return {"failure": f"{what}: {_told(lost)}"}
     missing = [rank for rank in range(world_size) if rank not in posts]
     if missing:
-        return {"failure": f"{what}: {vain if vain.startswith('rank') else f'{_ranks(missing)} {vain}'}"}
+        return {"failure": f"{what}: {vain if vain.startswith('rank') else f'{name_ranks(missing)} {vain}'}"}
     try:
         return {"value": decide([posts[rank]["offer"] for rank in range(world_size)])}
     except Exception as error:  # whatever it is, the others must not wait for a verdict
@@ -294,7 +285,7 @@ def _judge(
 
 
 def _told(problems: dict[str, list[int]]) -> str:
-    return "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in problems.items())
+    return "; ".join(f"{name_ranks(ranks)}: {text}" for text, ranks in problems.items())
 
 
 def _by_value(of_rank: dict[int, str]) -> dict[str, list[int]]:
@@ -304,7 +295,8 @@ def _by_value(of_rank: dict[int, str]) -> dict[str, list[int]]:
     return found
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
+    """As text: "rank 1", "ranks 1, 2"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

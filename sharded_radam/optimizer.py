@@ -717,9 +717,6 @@ class ShardedRAdam(RAdam, Joinable):
         Args:
             to: rank of the process group that gets it.
 
-        Raises:
-            RuntimeError: on every rank: one did not come within the process group's time-out, or calls something else.
-
         Returns:
             The dict on rank ``to``, None elsewhere. Until the next step (or the next loading, or a new param group),
             ``state_dict()`` on rank ``to`` returns the same state.
@@ -753,14 +750,18 @@ class ShardedRAdam(RAdam, Joinable):
     @torch.no_grad()
     def _prepare_to_gather(self, to: int | None) -> dict[Any, Any]:
         """All that can fail on one rank; returns what users keep in the state."""
-        if to is not None and not 0 <= to < self._network.world_size:
-            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
+        if to is not None:
+            self._check_target(to)
         self._wait_for_parameters()
         states.plain_groups(self.param_groups)  # raises if they cannot be saved
         own = states.plain_state(self.state, self.param_groups)
         for flat in self._flats:
             self._take_back_state(flat)
         return own
+
+    def _check_target(self, to: int) -> None:
+        if not 0 <= to < self._network.world_size:
+            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, where it is in this process; not collective.
@@ -943,8 +944,7 @@ class ShardedRAdam(RAdam, Joinable):
         Returns:
             Copies on CPU on rank ``to``, for ``load_state_dict`` of an fp32 model; None elsewhere.
         """
-        if not 0 <= to < self._network.world_size:
-            raise ValueError(f"to={to}: expected a rank of the group, 0 to {self._network.world_size - 1}")
+        self._check_target(to)
         self._wait_for_parameters()
         masters: dict[Tensor, Tensor] = {}
         for flat in (flat for flat in self._flats if flat.is_half):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_radam.meeting import name_ranks
 from sharded_radam.transport import Transport
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -102,9 +103,8 @@ def _first_element(param: Tensor, name: str, others: Sequence[int], transport: T
 
 
 def _differs(what: str, others: Sequence[int], value: str, other: str) -> str:
-    numbers = ", ".join(map(str, others))
     return (
-        f"{what} differs: {value} on rank 0, {other} on rank{'s' if len(others) > 1 else ''} {numbers}. Each rank "
+        f"{what} differs: {value} on rank 0, {other} on {name_ranks(others)}. Each rank "
         "updates a part of all parameters for the others, so all must have the same. Expected: one seed, or the model "
         "in DistributedDataParallel; the same checkpoint loaded on all ranks; the same schedule of hyperparameters; "
         "parameters that belong to one rank in an optimizer of their own"

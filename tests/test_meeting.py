@@ -155,7 +155,9 @@ def test_waiting_ends_when_it_is_in_vain() -> None:
 
 def test_what_is_left_in_the_store_is_bounded() -> None:
     ranks = meetings(3)
-    store = ranks[0]._store
+    board = ranks[0]._board
+    assert board is not None
+    store = board._store
     sizes = []
     for _ in range(40):
         together(*(lambda m=m: m.agree("it", "x" * 100) for m in ranks))

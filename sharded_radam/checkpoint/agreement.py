@@ -41,7 +41,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
-from sharded_radam.checkpoint.board import Board, StoreLostError, pauses
+from sharded_radam.board import Board, StoreLostError, pauses
 from sharded_radam.checkpoint.calls import Caller, FailedError, Operation
 from sharded_radam.checkpoint.liveness import Address, Watch
 from sharded_radam.checkpoint.peers import Line, Peers

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sharded_radam.checkpoint.board import pauses
+from sharded_radam.board import pauses
 from sharded_radam.checkpoint.liveness import Address, Watch
 from sharded_radam.checkpoint.peers import Line
 

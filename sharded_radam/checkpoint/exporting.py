@@ -28,8 +28,8 @@ from sharded_radam.checkpoint.nesting import read_nested
 from sharded_radam.checkpoint.reading import fill_tensor, read_tensor
 from sharded_radam.checkpoint.saved_optimizer import find_optimizer, list_prefixes
 from sharded_radam.checkpoint.verification import check_coverage
+from sharded_radam.flat import HALF_DTYPES
 
-_HALF = (torch.float16, torch.bfloat16)
 _SAFE = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -94,7 +94,7 @@ def export_model(index: Index, output: Path, fp32: bool, progress: Callable[[int
             key = names.get((), "")
             if key not in index.tensors or name.endswith(EXTRA_STATE):
                 content[name] = read_nested(index, names, files)
-            elif fp32 and index.tensors[key].dtype in _HALF:
+            elif fp32 and index.tensors[key].dtype in HALF_DTYPES:
                 content[name] = _wide(index, key, masters.get(key), files)
             else:
                 content[name] = saved_tensor(index, key, files)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from sharded_radam.checkpoint.board import Board, StoreLostError
+from sharded_radam.board import Board, StoreLostError
 
 _ENDED = "has ended: it was killed, or failed before (its own output says why)"
 _BEAT_S = 2.0

@@ -139,7 +139,7 @@ class OptimizerPart:
 
     def content(self) -> dict[str, Any]:
         """The state as range tensors, in the form of torch's ``get_optimizer_state_dict``, or of ``state_dict``."""
-        names = self._names()
+        names = self.names()
         groups = pack_groups(self.param_groups)
         state = {}
         for flat in self.flats:
@@ -175,7 +175,7 @@ class OptimizerPart:
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _names(self) -> dict[Tensor, tuple[str, ...]]:
+    def names(self) -> dict[Tensor, tuple[str, ...]]:
         """Names of every parameter: of a tied one all that the model has for it; its number where there are none."""
         params = self._params()
         pairs: list[tuple[Tensor, str]]
@@ -205,9 +205,9 @@ class OptimizerPart:
             ValueError: there is no optimizer in the checkpoint; or names, shapes or groups differ, and ``strict``.
         """
         saved = find_optimizer(index, files, prefix)
-        names = self._names_in(saved)
+        names = self.names_in(saved)
         matches = self._match(index, saved, names)
-        groups, differing = self._merge_groups(index, saved, names, files)
+        groups, differing = self.merge_groups(index, saved, names, files)
         fitting = [match for match in matches if match.kinds is not None and match.problem is None]
         targets, loading = self._make_targets(index, files, fitting)
         report = LoadReport(
@@ -236,7 +236,7 @@ class OptimizerPart:
     def _param(self, match: _Match) -> Tensor:
         return self.flats[match.flat].params[match.slot]
 
-    def _names_in(self, saved: SavedOptimizer) -> dict[Tensor, tuple[str, ...]]:
+    def names_in(self, saved: SavedOptimizer) -> dict[Tensor, tuple[str, ...]]:
         """Under which names the checkpoint may have our parameters."""
         if saved.is_numbered:
             ours = [len(group["params"]) for group in self.param_groups]
@@ -256,7 +256,7 @@ class OptimizerPart:
         saved_as = {own: name for name, own in saved.called.items()}
         return {
             param: (*names, *(saved_as[name] for name in names if name in saved_as))
-            for param, names in self._names().items()
+            for param, names in self.names().items()
         }
 
     def _match(self, index: Index, saved: SavedOptimizer, names: Mapping[Tensor, tuple[str, ...]]) -> list[_Match]:
@@ -300,7 +300,7 @@ class OptimizerPart:
                 step.fill_(float(read_value(index, key, files)))
         return targets, loading
 
-    def _merge_groups(
+    def merge_groups(
         self, index: Index, saved: SavedOptimizer, names: Mapping[Tensor, tuple[str, ...]], files: DataFiles
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Our groups, each with the options of the saved groups that had its parameters, if these have the same."""

@@ -52,7 +52,7 @@ class OtherPart:
         """
         found = dict(self.optimizer.state_dict())
         state, groups = found.pop("state"), found.pop("param_groups")
-        names, ours = self._matcher._names(), self._groups
+        names, ours = self._matcher.names(), self._groups
         name_of = {
             number: names[param][0]
             for packed, group in zip(groups, ours, strict=True)
@@ -86,8 +86,8 @@ class OtherPart:
             ValueError: there is no optimizer in the checkpoint; or names, shapes or groups differ, and ``strict``.
         """
         saved = find_optimizer(index, files, prefix)
-        names = self._matcher._names_in(saved)
-        groups, differing = self._matcher._merge_groups(index, saved, names, files)
+        names = self._matcher.names_in(saved)
+        groups, differing = self._matcher.merge_groups(index, saved, names, files)
         packed = pack_groups(groups)
         numbered = {
             number: param

@@ -134,13 +134,7 @@ def make_transport(
     Raises:
         ValueError: on every rank, what ``choose`` raised on one of them.
     """
-    problem, choice = None, None
-    try:
-        choice = choose(group, device, name, share_parameters)
-    except ValueError as error:
-        problem = error
-    Meeting.of(group).agree("connecting the ranks", None, problem)
-    assert choice is not None
+    choice = Meeting.of(group).attempt("connecting the ranks", lambda: choose(group, device, name, share_parameters))
     return choice.connect()
 
 
