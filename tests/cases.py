@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from sharded_radam.checkpoint import files
 
 SHAPES: tuple[tuple[int, ...], ...] = ((17,), (257, 3), (), (1,), (0, 4), (5, 64, 7), (64,), (130, 11))
 
@@ -115,3 +119,17 @@ def quietly(action: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return action(*args, **options)
+
+
+@contextmanager
+def noted_reads() -> Iterator[list[files.Extent]]:
+    """The chunks that are read from checkpoints meanwhile."""
+    read: list[files.Extent] = []
+    original = files.DataFiles._note
+
+    def noted(self: files.DataFiles, extent: files.Extent) -> None:
+        read.append(extent)
+        original(self, extent)
+
+    with mock.patch.object(files.DataFiles, "_note", noted):
+        yield read

@@ -236,11 +236,14 @@ BOUNDED: tuple[Case, ...] = (several_backwards, unused_on_some_ranks_in_several_
 """DDP reduces what was reduced before once more; norms are sums of partial sums."""
 
 
-def train(training: Training, case: Case, steps: int = 9) -> list[list[Tensor]]:
-    """Parameters after each step; after the last one also how often each was stepped."""
+def train(training: Training, case: Case, steps: int = 9, zeroes: bool = True) -> list[list[Tensor]]:
+    """Parameters after each step; after the last one also how often each was stepped.
+
+    Each step begins by the optimizer's ``zero_grad()``, if ``zeroes`` and the case does not do that itself.
+    """
     found = []
     for step in range(steps):
-        if case is not zeroed:
+        if zeroes and case is not zeroed:
             training.optimizer.zero_grad()
         case(training, step)
         training.optimizer.step()

@@ -21,7 +21,7 @@ from sharded_radam.checkpoint import contents, files, saving
 from sharded_radam.checkpoint.directory import committed_steps
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.verification import verify
-from tests.cases import assert_same, set_grads
+from tests.cases import assert_same, noted_reads, set_grads
 from tests.ranks import WORLD_SIZES, run
 
 
@@ -460,21 +460,11 @@ def check_reads(rank: int, world_size: int, folder: str) -> None:
     model = nn.Linear(300, 257)
     optimizer = ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.1)
     optimizer.save(folder)
-    read: list[files.Extent] = []
-    original = files.DataFiles._note
-
-    def counted(self: files.DataFiles, extent: files.Extent) -> None:
-        read.append(extent)
-        original(self, extent)
-
-    files.DataFiles._note = counted  # type: ignore[method-assign]
-    try:
+    with noted_reads() as read:
         ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.013).load(folder)
         assert len(read) == len(set(read))
         read.clear()
         ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.1).load(folder)
-    finally:
-        files.DataFiles._note = original  # type: ignore[method-assign]
     moments = sum(e.length for e in read if e.length > 2000)
     own = sum(b - a for flat in optimizer._flats for slot in range(len(flat.params)) for a, b in flat.spans(slot))
     assert 8 * own <= moments < 8 * own + 4000 * len(read)

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import files
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.verification import verify
-from tests.cases import set_grads
+from tests.cases import noted_reads, set_grads
 from tests.ranks import run
 
 DESCRIPTORS = "/proc/self/fd"
@@ -78,23 +77,13 @@ def check_opened(rank: int, world_size: int, folder: str) -> None:
     _, optimizer = training(40)
     manager = CheckpointManager(folder, timeout=20)
     manager.save(1, optimizer=optimizer, data=rank)
-    read: list[files.Extent] = []
-    original = files.DataFiles._note
-
-    def noted(self: files.DataFiles, extent: files.Extent) -> None:
-        read.append(extent)
-        original(self, extent)
-
-    files.DataFiles._note = noted  # type: ignore[method-assign]
-    try:
+    with noted_reads() as read:
         restored = manager.load(1)
         index = read_index(Path(folder, "step_1"))
         assert {*read} == {index.objects[f"data.{rank}"], index.objects[f"rng.{rank}"]}
         read.clear()
         assert restored.data_of_ranks == tuple(range(world_size))
         assert read == [index.objects[f"data.{at}"] for at in range(world_size)]
-    finally:
-        files.DataFiles._note = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])

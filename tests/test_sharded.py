@@ -23,7 +23,7 @@ from sharded_radam.transport.gloo import GlooReducer
 from sharded_radam.transport.shared_memory import SharedMemoryReducer
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run
-from tests.test_gradients import OPTIONS, SMALL, TRANSPORTS, Net, Training, images
+from tests.test_gradients import OPTIONS, SMALL, TRANSPORTS, Case, Net, Training, images
 
 
 def transports(world_size: int) -> tuple[str, ...]:
@@ -75,11 +75,19 @@ def test_norms_are_torchs(world_size: int) -> None:
 # Scaling
 
 
-def train_scaled(training: Training, bad: tuple[int, int] | None, clip: bool) -> tuple[list[Tensor], list[float]]:
-    scaler = GradScaler("cpu", init_scale=2.0**10) if training.ours else torch.amp.GradScaler("cpu", init_scale=2.0**10)
+def train_scaled(
+    training: Training,
+    bad: tuple[int, int] | None,
+    clip: bool,
+    kind: type[torch.amp.GradScaler] = GradScaler,
+    steps: int = 9,
+    begin: Case = lambda training, step: training.optimizer.zero_grad(),
+) -> tuple[list[Tensor], list[float]]:
+    """Parameters and scales; a rank's loss is infinite at a step, and each step begins so."""
+    scaler = (kind if training.ours else torch.amp.GradScaler)("cpu", init_scale=2.0**10)
     scales = []
-    for step in range(9):
-        training.optimizer.zero_grad()
+    for step in range(steps):
+        begin(training, step)
         loss = training.model(images(training.rank, step) * (float("inf") if bad == (training.rank, step) else 1.0))
         scaler.scale(loss).backward()
         if clip:

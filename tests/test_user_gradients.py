@@ -16,7 +16,8 @@ from sharded_radam import ShardedRAdam
 from sharded_radam.grad_shard import GradShard
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run
-from tests.test_gradients import OPTIONS, SMALL, Case, Training, compare, failing
+from tests.test_gradients import OPTIONS, SMALL, Case, Training, compare, failing, train
+from tests.test_sharded import train_scaled
 
 TRANSPORTS = ("gloo", "shared_memory")
 
@@ -181,22 +182,11 @@ BOUNDED: tuple[Case, ...] = (some_kept, never_zeroed, kept_in_no_sync)
 """DDP reduces what was reduced before once more."""
 
 
-def train(training: Training, case: Case) -> list[list[Tensor]]:
-    found = []
-    for step in range(5):
-        case(training, step)
-        training.optimizer.step()
-        found.append(training.params())
-    state = training.optimizer.state
-    counts = [torch.as_tensor(state[param].get("step", 0)).double() for param in training.net.parameters()]
-    return [*found, counts]
-
-
 def check_habits(rank: int, world_size: int) -> None:
     for case in EXACT + BOUNDED:
-        theirs = train(Training(False, None, rank), case)
+        theirs = train(Training(False, None, rank), case, steps=5, zeroes=False)
         for transport in transports(world_size):
-            ours = train(Training(True, transport, rank), case)
+            ours = train(Training(True, transport, rank), case, steps=5, zeroes=False)
             compare(ours, theirs, case in EXACT and world_size <= 2, (case.__name__, transport))
 
 
@@ -369,40 +359,24 @@ def test_a_group_that_comes_between_backward_and_step(world_size: int) -> None:
     run(check_new_group, world_size)
 
 
+def dropped_by_the_model(training: Training, step: int) -> None:
+    training.model.zero_grad()
+    training.backward(step)
+    training.model.zero_grad()
+
+
 def check_torchs_scaler(rank: int, world_size: int) -> None:
-    last = world_size - 1
+    bad = (world_size - 1, 3)
     for transport in transports(world_size):
         for clip in (False, True):
-            results = []
-            for ours in (True, False):
-                training = Training(ours, transport, rank)
-                scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-                scales = []
-                for step in range(5):
-                    training.model.zero_grad()
-                    bad = float("inf") if (rank, step) == (last, 3) else 1.0
-                    training.backward(step)
-                    training.model.zero_grad()
-                    scaler.scale(_loss(training, step) * bad).backward()  # type: ignore[no-untyped-call]
-                    if clip:
-                        scaler.unscale_(training.optimizer)
-                        training.clip(0.05, 2.0)
-                    scaler.step(training.optimizer)
-                    scaler.update()
-                    scales.append(scaler.get_scale())
-                results.append((training.params(), scales))
-            (found, scales), (wanted, their_scales) = results
+            (found, scales), (wanted, their_scales) = (
+                train_scaled(Training(ours, transport, rank), bad, clip, torch.amp.GradScaler, 5, dropped_by_the_model)
+                for ours in (True, False)
+            )
             assert scales == their_scales
             assert scales[3] == 2.0**9
             for one, other in zip(found, wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
-
-
-def _loss(training: Training, step: int) -> Tensor:
-    from tests.test_gradients import images
-
-    loss: Tensor = training.model(images(training.rank, step))
-    return loss
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
