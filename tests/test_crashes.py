@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import directory, files, saving
 from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.checkpoint.index import METADATA, read_index
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.index import METADATA, read_index, write_index
+from sharded_radam.checkpoint.metadata import SavedTensor
+from sharded_radam.checkpoint.verification import check_coverage, verify
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run, stop
 
@@ -473,6 +475,71 @@ def test_a_hostile_pickle_is_not_run(tmp_path: Path, with_manifest: bool) -> Non
     with pytest.raises(CheckpointError, match=r"names the file '../../etc/passwd', which is not in its directory"):
         manager.load(1, optimizer=optimizer)
     assert not (tmp_path / "ran").exists()
+
+
+def moves(tensor: SavedTensor) -> Iterator[SavedTensor]:
+    """The same tensor, with one of its boxes moved by one element; it stays within the tensor."""
+    for at, box in enumerate(tensor.boxes):
+        for dim, (first, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+            for by in (-1, 1):
+                if 0 <= first + by <= tensor.shape[dim] - size:
+                    offsets = (*box.offsets[:dim], first + by, *box.offsets[dim + 1 :])
+                    boxes = (*tensor.boxes[:at], replace(box, offsets=offsets), *tensor.boxes[at + 1 :])
+                    yield replace(tensor, boxes=boxes)
+
+
+def check_moved(rank: int, world_size: int, folder: str) -> None:
+    place, twice = Path(folder), "some elements are in the checkpoint twice, others are not"
+    model, optimizer = pair(2)
+    manager = CheckpointManager(place)
+    manager.save(1, model=model, optimizer=optimizer)
+    write = saving.Save._write_file
+
+    def elsewhere(self: saving.Save) -> list[Any]:
+        rows = write(self)
+        at = next(number for number, (_, offsets, *_) in enumerate(rows) if offsets and any(offsets))
+        dim = next(dim for dim, first in enumerate(rows[at][1]) if first)
+        offsets = [first - (number == dim) for number, first in enumerate(rows[at][1])]
+        return [*rows[:at], (rows[at][0], offsets, *rows[at][2:]), *rows[at + 1 :]]
+
+    if rank == world_size - 1:
+        saving.Save._write_file = elsewhere  # type: ignore[method-assign]
+    try:
+        with same_error(rank, optimizer, twice, place):
+            manager.save(2, model=model, optimizer=optimizer)
+    finally:
+        saving.Save._write_file = write  # type: ignore[method-assign]
+    manager.save(2, model=model, optimizer=optimizer)
+    if rank == 0:
+        shutil.copytree(place / "step_1", place / "moved")
+        index = read_index(place / "step_1")
+        key = "optim.state.0.weight.exp_avg"
+        # The file names boxes by their offsets, so that no two can have the same.
+        other = next(
+            each for each in moves(index.tensors[key]) if len({box.offsets for box in each.boxes}) == len(each.boxes)
+        )
+        write_index(place / "moved", {**index.tensors, key: other}, index.objects, index.paths, index.info)
+    dist.barrier()
+    with same_error(rank, optimizer, twice):
+        optimizer.load(place / "moved")
+    manager.load(2, model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, 16])
+def test_boxes_of_all_ranks_tile_each_tensor(tmp_path: Path, world_size: int) -> None:
+    """And one of them, moved by one element, is found when it is saved, verified and loaded."""
+    run(check_moved, world_size, str(tmp_path), timeout=200)
+    index = read_index(tmp_path / "step_1")
+    verify(index)
+    for name in ("model.0.weight", "optim.state.0.weight.exp_avg"):
+        assert len({box.extent.file for box in index.tensors[name].boxes}) >= world_size // 2, name
+    moved = [{key: other} for key, tensor in index.tensors.items() for other in moves(tensor)]
+    assert len(moved) > 20 * world_size
+    for tensors in moved:
+        with pytest.raises(ValueError, match="some elements are in the checkpoint twice, others are not"):
+            check_coverage(tensors)
+    with pytest.raises(ValueError, match="some elements are in the checkpoint twice, others are not"):
+        verify(read_index(tmp_path / "moved"))
 
 
 def test_elements_that_no_chunk_has(tmp_path: Path) -> None:
