@@ -157,6 +157,7 @@ def update(
             maximize=hyper.maximize,
         )
         for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            state[name] = moment if state[name].dim() == 1 else unflatten(moment, param)
+            state[name] = moment if state[name].dim() == 1 else unflatten(moment, param.shape, dim_order(param))
     if step is not None or exchange.transport.world_size > 1:
-        param.copy_(unflatten(_All.apply(own.to(param.dtype), exchange), param))  # type: ignore[no-untyped-call]
+        whole = _All.apply(own.to(param.dtype), exchange)  # type: ignore[no-untyped-call]
+        param.copy_(unflatten(whole, param.shape, dim_order(param)))

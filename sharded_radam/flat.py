@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sharded_radam.memory import as_real, dim_order, flatten, is_dense, unflatten, window, zeros
+from sharded_radam.memory import as_real, dim_order, flatten, is_dense, num_users, unflatten, window, zeros
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import follow_
 from sharded_radam.ranges import RangeTensor
+from sharded_radam.steps import Counters
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -43,8 +44,9 @@ class Flat:
 
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
-    slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all. ``reals`` is how many real
-    numbers an element is.
+    slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all. ``counters`` are the
+    slots' steps. ``reals`` is how many real numbers an element is. ``copied`` are slots whose parameters are no views
+    of the buffer: they are copied into it before an update and out of it after.
     """
 
     def __init__(
@@ -76,7 +78,10 @@ class Flat:
         self._pieces_of: list[list[ShardPiece]] = [[] for _ in self.params]
         for own in (own for pieces in self.pieces for own in pieces):
             self._pieces_of[own.piece.slot].append(own)
-        self.local_state = self._make_local_state()
+        self.local_state = [self._views_of_state(slot) for slot in range(len(plan.slots))]
+        self._state_addresses = self._addresses_of_state()
+        self.counters = Counters([0.0] * len(plan.slots), torch.device("cpu"))
+        self.copied: Set[int] = set() if as_views else set(range(len(plan.slots)))
         for slot in range(len(plan.slots)):
             self._complete_state(slot, None)
         self._addresses = [param.data_ptr() if as_views else 0 for param in self.params]
@@ -116,7 +121,7 @@ class Flat:
         """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient.
 
         Returns:
-            Slots to ``take_back``: their parameters are elsewhere, with memory of their own.
+            Slots to ``take_back``: their parameters are elsewhere.
         """
         elsewhere = []
         for index, place in self._reassigned.items():
@@ -131,37 +136,40 @@ class Flat:
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
             if self.as_views and param.data_ptr() != self._addresses[slot]:
-                if not _has_memory_of_its_own(param, spec):
-                    raise RuntimeError(
-                        _moved(spec.name, "has other memory now, which others use, too, or other strides")
-                    )
                 elsewhere.append(slot)
         return elsewhere
 
     def take_back(self, slots: Sequence[int]) -> None:
-        """Parameters whose ``.data`` was assigned, or that were moved to where they are, become views again.
+        """Follow parameters whose ``.data`` was assigned, or that were moved to where they are.
 
-        With the values that they have now, as an optimizer without buckets would go on from them.
+        Those whose memory nobody else has become views again. What others have too (who remembers ``param.data``, or
+        the vector of ``vector_to_parameters``) must be where the new values are: it is copied.
         """
-        if slots:
-            self._take_in(slots)
+        if self.as_views:
+            alone = [slot for slot in slots if _has_memory_of_its_own(self.params[slot], self.specs[slot])]
+            self.copied = set(slots).difference(alone)
+            if alone:
+                self._take_in(alone)
 
     def copy_in(self, bucket: int) -> None:
         """Parameters to the own shard, where they are not views."""
-        if not self.as_views:
+        if self.copied:
             for own in self.pieces[bucket]:
                 self._copy_in(own)
 
     def _copy_in(self, own: ShardPiece) -> None:
         at = own.piece
+        if at.slot not in self.copied:
+            return
         flat = flatten(self.params[at.slot].detach(), self.specs[at.slot].dim_order)
         own.param.copy_(as_real(flat.narrow(0, at.start, at.numel)))
 
     def copy_out(self) -> None:
         """Buckets to parameters, where they are not views."""
-        if not self.as_views:
-            for param, view in zip(self.params, self._windows, strict=True):
-                param.data.copy_(unflatten(view, param))  # by .data: note_updated counts, as it does for views
+        for slot in self.copied:
+            param, order = self.params[slot], self.specs[slot].dim_order
+            # By .data: note_updated counts, as it does for views.
+            param.data.copy_(unflatten(self._windows[slot], param.shape, order))
 
     def note_updated(self, slots: Iterable[int]) -> None:
         """Increment the version counters of parameters, which writing to the buffer does not.
@@ -191,8 +199,7 @@ class Flat:
         """Masters follow parameters that somebody else changed, as they do in the next step."""
         for own in (own for pieces in self.pieces for own in pieces):
             if own.master is not None:
-                if not self.as_views:
-                    self._copy_in(own)
+                self._copy_in(own)
                 follow_(own.master, own.param)
 
     def adopt_master(self, slot: int, master: Tensor) -> bool:
@@ -222,13 +229,12 @@ class Flat:
     def _reset_master(self, slot: int) -> None:
         for own in self._pieces_of[slot]:
             assert own.master is not None
-            if not self.as_views:
-                self._copy_in(own)
+            self._copy_in(own)
             torch._foreach_copy_([own.master], [own.param])
 
     def _take_in(self, slots: Sequence[int]) -> None:
         params = [self.params[slot] for slot in slots]
-        views = [unflatten(self._windows[slot], param) for slot, param in zip(slots, params, strict=True)]
+        views = [unflatten(self._windows[slot], self.specs[slot].shape, self.specs[slot].dim_order) for slot in slots]
         torch._foreach_copy_(views, [param.detach() for param in params])
         for param, view in zip(params, views, strict=True):
             if self.as_views and param.numel():
@@ -246,16 +252,45 @@ class Flat:
             )
         return found
 
-    def _make_local_state(self) -> list[dict[str, Tensor]]:
-        found = []
-        for param, pieces in zip(self.params, self._pieces_of, strict=True):
-            start = pieces[0].piece.local_start if pieces else 0
-            numel = sum(own.piece.numel for own in pieces)  # they adjoin
-            windows = {name: window(local, start, numel) for name, local in self.state.items()}
-            if self.plan.world_size == 1:
-                windows = {name: unflatten(view, param) for name, view in windows.items()}
-            found.append(windows)
-        return found
+    def _views_of_state(self, slot: int) -> dict[str, Tensor]:
+        pieces, spec = self._own(slot), self.specs[slot]
+        start = pieces[0].local_start if pieces else 0
+        numel = sum(piece.numel for piece in pieces)  # they adjoin
+        windows = {name: window(local, start, numel) for name, local in self.state.items()}
+        if self.plan.world_size == 1:
+            return {name: unflatten(view, spec.shape, spec.dim_order) for name, view in windows.items()}
+        return windows
+
+    def _addresses_of_state(self) -> list[int]:
+        return [view.data_ptr() for views in self.local_state for view in views.values()]
+
+    def slots_of_others(self, state: Mapping[Tensor, Mapping[Any, Any]], moments: bool) -> list[int]:
+        """Slots whose entries in the optimizer's state are no longer the views, or whose views are elsewhere.
+
+        Args:
+            state: of the optimizer.
+            moments: whether to look at more than the step counters.
+        """
+        found = set()
+        for slot, (param, views) in enumerate(zip(self.params, self.local_state, strict=True)):
+            own = state[param]
+            if own.get("step") is not self.counters.views[slot] or (
+                moments and any(own.get(name) is not view for name, view in views.items())
+            ):
+                found.add(slot)
+        if moments and (now := self._addresses_of_state()) != self._state_addresses:
+            places = zip(now, self._state_addresses, strict=True)
+            found |= {at // len(self.state) for at, (here, before) in enumerate(places) if here != before}
+        return sorted(found)
+
+    def take_back_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
+        """Copy what somebody has put into the state, whole or the own part, into new views; zeros where it is None."""
+        self.local_state[slot] = self._views_of_state(slot)
+        if tensors and tensors["exp_avg"].shape != self.local_state[slot]["exp_avg"].shape:
+            self.set_state(slot, tensors)
+        else:
+            self.set_local_state(slot, tensors)
+        self._state_addresses = self._addresses_of_state()
 
     def note_reassigned(self, param: Tensor, place: str, replaced: bool) -> None:
         """Remember, or forget, that a module now has another Parameter in the place of ``param``."""
@@ -272,9 +307,10 @@ def _restride(view: Tensor, param: Tensor) -> Tensor:
 
 
 def _has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
-    """As after ``module.to()`` or ``param.data = ...``, and not part of something else, or shared with processes."""
+    """As after ``module.to()`` or ``param.data = ...``, and nobody else's: no other tensor, no other process."""
     storage = param.untyped_storage()
     is_alone = storage.nbytes() == param.nbytes and not (param.device.type == "cpu" and storage.is_shared())
+    is_alone = is_alone and num_users(param) == num_users(torch.empty(1, device=param.device))
     return is_alone and is_dense(param) and dim_order(param) == spec.dim_order
 
 

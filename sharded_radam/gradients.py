@@ -502,7 +502,7 @@ class ShardedGradients:
                 flat.reals * (low - first) : flat.reals * (high - first)
             ]
         elements = torch.view_as_complex(found.view(-1, 2)) if param.is_complex() else found
-        return unflatten(elements.to(param.dtype), param)
+        return unflatten(elements.to(param.dtype), flat.specs[slot].shape, flat.specs[slot].dim_order)
 
     def _key_of(self, param: Tensor) -> Slots:
         for index, flat in enumerate(self.flats):

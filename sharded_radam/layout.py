@@ -179,4 +179,4 @@ def broadcast_(tensors: Sequence[Tensor], transport: Transport) -> None:
         flat = flatten(tensor.detach(), dim_order(tensor)).contiguous()
         transport.broadcast(flat)
         if flat.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(unflatten(flat, tensor))
+            tensor.detach().copy_(unflatten(flat, tensor.shape, dim_order(tensor)))

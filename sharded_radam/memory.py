@@ -78,11 +78,15 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
 
 
-def unflatten(flat: Tensor, like: Tensor) -> Tensor:
-    """The view of a 1-D tensor that has the shape and order of dimensions of ``like``; inverse of flatten."""
-    order = dim_order(like)
+def unflatten(flat: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """The view of a 1-D tensor with a shape, whose dimensions are nested in ``order``; inverse of flatten."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
+    return flat.view([shape[dim] for dim in order]).permute(inverse)
+
+
+def num_users(tensor: Tensor) -> int:
+    """How many tensors, and others, have the tensor's storage."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ from sharded_radam.plan import ShardPlan, make_plan
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.ranges import RangeTensor
 from sharded_radam.replicas import compare, facts
-from sharded_radam.steps import Cohort, count_step, set_counts
+from sharded_radam.steps import Cohort, Counters
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
 from sharded_radam.values import copied, without_numpy
 
@@ -299,7 +299,7 @@ class ShardedRAdam(RAdam, Joinable):
             self._flats.append(flat)
             for param, views in zip(members, flat.local_state, strict=True):
                 self.state[param] = dict(views)
-            set_counts(self.state, members, [0.0] * len(members), self._counter_device(flat))
+            self._set_counts(flat, [0.0] * len(members))
         if self._gradients is not None:
             self._gradients.extend(self._flats[first:])
         elif self.shards_gradients:
@@ -433,7 +433,7 @@ class ShardedRAdam(RAdam, Joinable):
             self._take_back_state(flat, entries)
         self._consolidated = None
         return [
-            count_step(self.state, flat.params, has_grad, self._group(flat)["capturable"])
+            flat.counters.add_step(has_grad, self._group(flat)["capturable"])
             for flat, has_grad in zip(self._flats, present, strict=True)
         ]
 
@@ -475,7 +475,7 @@ class ShardedRAdam(RAdam, Joinable):
             flat.note_updated(slot for cohort in flat_cohorts for slot in cohort.slots)
         with meter.phase("all_gather"):
             self._network.end_update()
-            if self._arrivals is not None:
+            if self._arrivals is not None and not any(flat.copied for flat in self._flats):
                 self._arrivals.begin(self._flats, handles)
                 return
             for handle in (handle for bucket in handles.values() for handle in bucket):
@@ -525,23 +525,29 @@ class ShardedRAdam(RAdam, Joinable):
             ValueError: it is not of this rank's part of the parameter.
         """
         found = []
-        for slot, (param, views) in enumerate(zip(flat.params, flat.local_state, strict=True)):
-            state = self.state[param]
-            ours = all(state.get(name) is view for name, view in views.items())
-            if isinstance(state.get("step"), Tensor) and (ours or self.defaults["differentiable"]):
-                continue
-            shape = views["exp_avg"].shape
-            saved = state if "step" in state else None
+        for slot in flat.slots_of_others(self.state, not self.defaults["differentiable"]):
+            param, own = flat.params[slot], flat.local_state[slot]["exp_avg"].shape
+            saved = self.state[param] if "step" in self.state[param] else None
+            is_whole = saved is not None and getattr(saved.get("exp_avg"), "shape", None) == param.shape
+            shape = param.shape if is_whole else own
             found.append((slot, states.read_entry(flat.specs[slot].name, param, shape, flat.spans(slot), saved)))
         return found
 
     def _take_back_state(self, flat: Flat, foreign: Sequence[tuple[int, states.Entry]] | None = None) -> None:
         """Follow what somebody did to ``optimizer.state``: tensors put there are copied, missing ones start anew."""
-        for slot, entry in self._foreign_state(flat) if foreign is None else foreign:
-            param = flat.params[slot]
-            flat.set_local_state(slot, entry.tensors)
-            self.state[param].update(flat.local_state[slot])
-            set_counts(self.state, [param], [entry.step], self._counter_device(flat))
+        found = dict(self._foreign_state(flat) if foreign is None else foreign)
+        for slot, entry in found.items():
+            if not self.defaults["differentiable"]:
+                flat.take_back_state(slot, entry.tensors)
+            self.state[flat.params[slot]].update(flat.local_state[slot])
+        if found or flat.counters.device != self._counter_device(flat):
+            counts = flat.counters.views
+            self._set_counts(flat, [found[at].step if at in found else float(count) for at, count in enumerate(counts)])
+
+    def _set_counts(self, flat: Flat, counts: Sequence[float]) -> None:
+        flat.counters = Counters(counts, self._counter_device(flat))
+        for param, step in zip(flat.params, flat.counters.views, strict=True):
+            self.state[param]["step"] = step
 
     # Gradients
 
@@ -671,7 +677,7 @@ class ShardedRAdam(RAdam, Joinable):
                     flat = flatten(param.grad, dim_order(param))
                     yield param, range(flat.numel()), flat
                     if flat.data_ptr() != param.grad.data_ptr():
-                        param.grad.copy_(unflatten(flat, param))
+                        param.grad.copy_(unflatten(flat, param.shape, dim_order(param)))
 
     def _local_grads(self) -> list[Tensor]:
         return [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
@@ -917,7 +923,7 @@ class ShardedRAdam(RAdam, Joinable):
                     self._load_own(param, entry.own)
                     self.state[param].update(flat.local_state[slot])
                 counts.append(float(self.state[param]["step"]) if entry is None else entry.step)
-            set_counts(self.state, flat.params, counts, self._counter_device(flat))
+            self._set_counts(flat, counts)
         return from_masters
 
     def _load_own(self, param: Tensor, own: dict[Any, Any]) -> None:
@@ -949,6 +955,7 @@ class ShardedRAdam(RAdam, Joinable):
         masters: dict[Tensor, Tensor] = {}
         for flat in (flat for flat in self._flats if flat.is_half):
             self._take_back_state(flat)
+            flat.take_back(flat.check())
             flat.follow()
             gathered = states.gather_flat(flat, self._network, to, torch.device("cpu"), ("master",))
             masters |= {p: t["master"] for p, t in zip(flat.params, gathered or [], strict=gathered is not None)}

@@ -155,8 +155,8 @@ def gather_flat(
             if first < last:
                 tensors[name][first - slot.start : last - slot.start] = staging[first - start : last - start]
     return [
-        {name: unflatten(tensor, param) for name, tensor in tensors.items()}
-        for param, tensors in zip(flat.params, found, strict=True)
+        {name: unflatten(tensor, spec.shape, spec.dim_order) for name, tensor in tensors.items()}
+        for spec, tensors in zip(flat.specs, found, strict=True)
     ]
 
 

@@ -1,19 +1,17 @@
-"""Step counters: one tensor for all parameters of a flat that stepped equally often.
+"""Step counters of a flat: one tensor for all its parameters, of which each one's ``state[p]["step"]`` is a view.
 
-``state[p]["step"]`` is a 0-d float64 tensor, on the host, or on the device if capturable. Float32, as torch has it,
-would stop at 2^24. A parameter whose gradient is missing keeps its count, and so leaves the others' tensor.
+In float64, on the host, or on the device if capturable. Float32, as torch has it, would stop at 2^24. A parameter
+whose gradient is missing keeps its count, and users may set each one's.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-State = Mapping[Tensor, dict[str, Any]]
 
 
 class Cohort(NamedTuple):
@@ -23,34 +21,55 @@ class Cohort(NamedTuple):
     slots: frozenset[int]
 
 
-@torch.inference_mode(False)
-def set_counts(state: State, params: Sequence[Tensor], counts: Sequence[float], device: torch.device) -> None:
-    """Set ``state[p]["step"]`` (modified in place) of parameters of one flat."""
-    shared: dict[float, Tensor] = {}
-    for param, count in zip(params, counts, strict=True):
-        if count not in shared:
-            shared[count] = torch.full((), count, dtype=torch.float64, device=device)
-        state[param]["step"] = shared[count]
+class Counters:
+    """How many steps the parameters of a flat have taken.
 
+    Args:
+        counts: for each slot.
+        device: of the tensor.
 
-def count_step(state: State, params: Sequence[Tensor], has_grad: Sequence[bool], capturable: bool) -> list[Cohort]:
-    """Add 1 to ``state[p]["step"]`` (modified in place) of all parameters of a flat that have a gradient."""
-    counters = [state[param]["step"] for param in params]
-    # Values on the device are not read, which would wait for it: there, one tensor is one count.
-    keys = {id(c): id(c) if capturable else c.item() for c in {id(c): c for c in counters}.values()}
-    holders: dict[float, list[int]] = defaultdict(list)
-    for slot, counter in enumerate(counters):
-        holders[keys[id(counter)]].append(slot)
-    cohorts = []
-    for slots in holders.values():
-        stepping = [slot for slot in slots if has_grad[slot]]
-        if not stepping:
-            continue
-        counter = counters[slots[0]]
-        if len(stepping) < len(slots) or any(counters[slot] is not counter for slot in slots):
-            counter = counter.clone()
-            for slot in stepping:
-                state[params[slot]]["step"] = counter
-        counter.add_(1)
-        cohorts.append(Cohort(counter if capturable else int(counter.item()), frozenset(stepping)))
-    return cohorts
+    ``views`` are 0-d, one for each slot.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, counts: Sequence[float], device: torch.device) -> None:
+        self.device = device
+        self._all = torch.tensor(counts, dtype=torch.float64, device=device)
+        self.views = [*self._all.unbind()]
+        # Values on the device are not read, which would wait for it: slots of one class have the same count.
+        self._classes: list[float] = list(counts)
+        self._version = self._all._version
+
+    def add_step(self, has_grad: Sequence[bool], capturable: bool) -> list[Cohort]:
+        """Add 1 for all slots that have a gradient.
+
+        Args:
+            has_grad: for each slot.
+            capturable: whether the numbers of the steps are to be tensors.
+        """
+        counts = self._known_classes() if capturable else self._all.tolist()
+        cohorts: dict[float, list[int]] = defaultdict(list)
+        for slot, has in enumerate(has_grad):
+            if has:
+                cohorts[counts[slot]].append(slot)
+        if all(has_grad):
+            self._all.add_(1)
+        elif cohorts:
+            torch._foreach_add_([self.views[slot] for slots in cohorts.values() for slot in slots], 1)
+        if capturable:
+            self._split_classes(has_grad)
+            return [Cohort(self.views[slots[0]], frozenset(slots)) for slots in cohorts.values()]
+        return [Cohort(int(count) + 1, frozenset(slots)) for count, slots in cohorts.items()]
+
+    def _known_classes(self) -> list[float]:
+        """Without reading the counts: if somebody else has written to them, each slot is a class of its own."""
+        if self._version != self._all._version:
+            self._classes = [float(slot) for slot in range(len(self.views))]
+        return self._classes
+
+    def _split_classes(self, has_grad: Sequence[bool]) -> None:
+        """Those that stay behind leave the class of the others."""
+        numbers: dict[tuple[float, bool], float] = {}
+        pairs = zip(self._classes, has_grad, strict=True)
+        self._classes = [numbers.setdefault(pair, float(len(numbers))) for pair in pairs]
+        self._version = self._all._version

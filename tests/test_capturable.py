@@ -68,10 +68,9 @@ def test_capturable_step_never_waits_for_the_device(
     optimizer = fake_cuda_step(dtype, tensor_lr=tensor_lr, capturable=True, **flags)
     (flat,) = optimizer._flats
     assert optimizer._network.name == ("native" if world_size > 1 else "none")
-    counters = {id(state["step"]): state["step"] for state in optimizer.state.values()}
-    assert len(counters) == 2  # parameters with the same gradients share one
-    for counter in counters.values():
-        assert (counter.device.type, counter.dtype) == ("cuda", torch.float64)
+    assert len(set(flat.counters._known_classes())) == 2  # parameters with the same gradients are updated together
+    for state in optimizer.state.values():
+        assert (state["step"].device.type, state["step"].dtype) == ("cuda", torch.float64)
     assert {tensor.device.type for tensor in (flat.buffer, *flat.state.values())} == {"cuda"}
 
 
@@ -82,8 +81,8 @@ def test_fused_step_on_cuda_never_waits_for_the_device(
     """Counts are on the host without capturable; here fake as well, so that their values must come from the test."""
     steps = iter(range(1, 20))
     monkeypatch.setattr(
-        "sharded_radam.optimizer.count_step",
-        lambda _state, params, _has_grad, capturable: [Cohort(next(steps), frozenset(range(len(params) - capturable)))],
+        "sharded_radam.steps.Counters.add_step",
+        lambda _counters, has_grad, capturable: [Cohort(next(steps), frozenset(range(len(has_grad) - capturable)))],
     )
     optimizer = fake_cuda_step(dtype, fused=True)
     assert optimizer._engine(optimizer._flats[0]) == "fused"

@@ -143,7 +143,7 @@ def test_flatten_and_unflatten_are_inverse() -> None:
     ]:
         order = dim_order(tensor)
         flat = flatten(tensor, order)
-        back = unflatten(flat, tensor)
+        back = unflatten(flat, tensor.shape, order)
         assert flat.dim() == 1
         assert torch.equal(back, tensor)
         if tensor.permute(order).is_contiguous() and tensor.numel():

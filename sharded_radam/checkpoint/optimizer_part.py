@@ -166,8 +166,7 @@ class OptimizerPart:
 
     def step(self) -> int:
         """The largest number of steps that a parameter has taken."""
-        counters = {id(c): c for flat in self.flats for param in flat.params for c in [self.state[param]["step"]]}
-        return max((int(counter.item()) for counter in counters.values()), default=0)
+        return max((int(self.state[param]["step"]) for flat in self.flats for param in flat.params), default=0)
 
     def _has_names(self) -> bool:
         return self.model is not None or all("param_names" in group for group in self.param_groups)
