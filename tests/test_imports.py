@@ -42,7 +42,7 @@ ALLOWED = {
     "memory": {"plan"},
     "flat": {"memory", "plan", "radam", "ranges"},
     "steps": set(),
-    "replicas": {"meeting", "transport"},
+    "replicas": {"meeting", "memory", "transport"},
     "layout": {"meeting", "plan", "memory", "flat", "transport"},
     "state": {"memory", "flat", "ranges", "transport", "values"},
     "values": set(),
@@ -68,7 +68,8 @@ ALLOWED = {
     "checkpoint.saving": {
         f"checkpoint.{name}"
         for name in ("agreement", "contents", "directory", "files", "index", "metadata", "peers", "verification")
-    },
+    }
+    | {"replicas"},
     "checkpoint.undo": {"checkpoint.agreement"},
     "checkpoint.loading": {
         f"checkpoint.{name}" for name in ("agreement", "files", "index", "peers", "reading", "undo")
@@ -76,7 +77,7 @@ ALLOWED = {
     "checkpoint.saved_optimizer": {*(f"checkpoint.{n}" for n in ("files", "index", "nesting")), "state", "values"},
     "checkpoint.optimizer_part": {
         *(f"checkpoint.{name}" for name in ("contents", "files", "index", "nesting", "reading", "saved_optimizer")),
-        *("flat", "memory", "ranges", "state", "values"),
+        *("flat", "memory", "ranges", "replicas", "state", "values"),
     },
     "checkpoint.single": {
         f"checkpoint.{name}"
@@ -115,7 +116,7 @@ ALLOWED = {
     "checkpoint.training": {
         *(f"checkpoint.{n}" for n in ("contents", "files", "index", "model_part", "optimizer_part")),
         *(f"checkpoint.{n}" for n in ("other_optimizer", "peers", "reading", "undo")),
-        "state",
+        *("replicas", "state", "values"),
     },
     "checkpoint.retention": {"checkpoint.directory", "checkpoint.index"},
     "checkpoint.manager": {

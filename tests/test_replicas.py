@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.replicas import checksums
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run
@@ -164,6 +166,81 @@ def test_every_third_step_finds_them(world_size: int) -> None:
     run(check_later_steps, world_size)
 
 
+@contextmanager
+def changed(tensor: Tensor, index: tuple[int, ...], by: float) -> Iterator[None]:
+    before = tensor.detach()[index].item()
+    tensor.detach()[index] += by
+    yield
+    tensor.detach()[index] = before
+
+
+def check_saves(rank: int, world_size: int, folder: str, sharded: bool) -> list[str]:
+    """What is said on this rank, of saves that differ on the last one."""
+    last, said = rank == world_size - 1, []
+    model = nn.ModuleDict({"g": net(), "d": nn.Conv2d(16, 50, 3)})
+    model["d"].weight = Parameter(model["d"].get_parameter("weight").contiguous(memory_format=torch.channels_last))
+    frozen = model["d"].get_parameter("bias").requires_grad_(False)
+    g = ShardedRAdam(model["g"].named_parameters(), shard_gradients=sharded, lr=0.5)
+    d = ShardedRAdam([model["d"].get_parameter("weight")], shard_gradients=sharded, foreach=True)
+    manager = CheckpointManager(folder)
+
+    def save() -> None:
+        manager.save(1, model=model, optimizer={"g": g, "d": d}, blocking=False)
+
+    def alone() -> None:
+        g.save(f"{folder}/alone")
+
+    def expect(action: Callable[[], None]) -> None:
+        with pytest.raises(CheckpointError) as info:
+            action()
+        said.append(str(info.value))
+
+    with changed(model["g"].get_parameter("1.weight"), (2, 1), last * 1.0):
+        expect(save)
+        expect(alone)
+    with changed(model["d"].get_parameter("weight"), (49, 15, 2, 1), last * 1.0):
+        expect(save)
+    with changed(frozen, (7,), last * 1.0):
+        expect(save)
+    g.param_groups[0]["lr"] = 0.25 if last else 0.5
+    expect(save)
+    expect(alone)
+    g.param_groups[0]["lr"] = 0.5
+    g.param_groups[0]["mine"] = rank  # what one adds may differ, rank 0's counts
+    counter = g.state[model["g"].get_parameter("0.bias")]
+    counter["step"] = torch.tensor(3.0 * last)
+    expect(save)
+    counter["step"] = torch.tensor(0.0)
+    assert not any(Path(folder).iterdir())
+    dist.barrier()
+    alone()
+    save()
+    manager.close()
+    dist.barrier()
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["alone", "step_1"]
+    return said
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "sharded"])
+@pytest.mark.parametrize("world_size", SEVERAL)
+def test_a_save_finds_ranks_that_differ(tmp_path: Path, world_size: int, sharded: bool) -> None:
+    heard = run(check_saves, world_size, str(tmp_path), sharded)
+    assert all(said == heard[0] for said in heard)
+    weight, where = net().get_parameter("1.weight")[2, 1].item(), f"on rank {world_size - 1}."
+    places = [f"saving {tmp_path}/{name}: " for name in ("step_1", "alone", "step_1", "step_1", "step_1", "alone")]
+    begins = [
+        *[f"parameter '{name}' at (2, 1) differs: {weight} on rank 0, " for name in ("g.1.weight", "1.weight")],
+        "parameter 'd.weight' at (49, 15, 2, 1) differs: ",
+        "parameter 'd.bias' at (7,) differs: ",
+        "lr of param group 0 of optimizer.g differs: 0.5 on rank 0, 0.25 ",
+        "lr of param group 0 differs: 0.5 on rank 0, 0.25 ",
+        "the step count of 'g.0.bias' of optimizer.g differs: 0.0 on rank 0, 3.0 ",
+    ]
+    for text, place, begin in zip(heard[0], [*places, places[0]], begins, strict=True):
+        assert text.startswith(place + begin), text
+        assert where in text
+
+
 def check_debug(rank: int, world_size: int) -> None:
     with mock.patch.dict("os.environ", {"TORCH_DISTRIBUTED_DEBUG": "INFO"}):
         assert ShardedRAdam(net().parameters())._options.check_replicas == 100
@@ -186,9 +263,9 @@ def test_a_checksum_sees_each_element(dtype: torch.dtype) -> None:
     for like in (param, param.permute(2, 0, 1), param[:, ::2]):
         before: Any = checksums([like])
         for index in range(like.numel()):
-            changed = like.contiguous().clone()
+            changed = like.clone()
             assert checksums([changed]) == before
-            changed.view(-1)[index] += 1
+            changed[torch.unravel_index(torch.tensor(index), like.shape)] += 1
             assert checksums([changed]) != before
     assert checksums([]).tolist() == []
     assert checksums([torch.ones(())]).tolist() == [0x3F800000]

@@ -175,15 +175,16 @@ class CheckpointManager:
             What it took, None if not blocking; ``last_report`` has it once it is committed.
 
         Raises:
-            CheckpointError: on every rank the same: this save failed, or the one that was in flight. There is no part
-                of it left, and all earlier checkpoints are.
+            CheckpointError: on every rank the same: this save failed, or the one that was in flight; or ranks differ in
+                parameters, hyperparameters or step counts. There is no part of it left, and all earlier checkpoints
+                are.
         """
         self.wait()
 
         def collect() -> Saved:
             training = Training.of(model, optimizer, scheduler)
             training.check_ranks(self._ranks)
-            nested = training.content()
+            nested, replicas = training.content()
             if user is not None:
                 nested["user"] = Opaque(user)
             own = {"rng": random_states()}
@@ -191,7 +192,7 @@ class CheckpointManager:
                 own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
             number = directory.check_step(step)
             notes, replaces = self._history.place(number, best) if self._peers.rank == 0 else ({}, False)
-            return Saved(nested, own, {"step": number}, notes, replaces)
+            return Saved(nested, own, {"step": number}, notes, replaces, replicas)
 
         final = directory.step_path(self.folder, step)
         save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging, "*")

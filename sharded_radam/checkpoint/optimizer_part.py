@@ -27,6 +27,7 @@ from sharded_radam.checkpoint.saved_optimizer import (
 from sharded_radam.flat import Flat
 from sharded_radam.memory import is_zero
 from sharded_radam.ranges import RangeTensor
+from sharded_radam.replicas import Facts, facts
 from sharded_radam.state import Entry, export_step, pack_groups, plain_name, users_own
 from sharded_radam.values import is_dense_tensor
 
@@ -126,6 +127,7 @@ class OptimizerPart:
         check: raises ValueError for groups that the optimizer cannot have.
         adopt: takes new groups, and for each flat an entry for each slot, None for those to be left alone; returns how
             many weights became masters.
+        has_one_copy: whether all ranks have their parameters in the same memory.
     """
 
     flats: Sequence[Flat]
@@ -134,6 +136,7 @@ class OptimizerPart:
     model: nn.Module | None
     check: Callable[[list[dict[str, Any]]], object]
     adopt: Callable[[list[dict[str, Any]], list[list[Entry | None]]], int]
+    has_one_copy: bool = False
 
     # Saving
 
@@ -153,6 +156,12 @@ class OptimizerPart:
             "state": state,
             "param_groups": [{key: OfRank0(value) for key, value in group.items()} for group in groups],
         }
+
+    def facts(self) -> Facts:
+        """What must be equal on all ranks."""
+        names = {param: names[0] for param, names in self.names().items()}
+        taken = {param: names[param] for flat in self.flats for param in flat.params}
+        return facts(self.param_groups, self.state, taken, self.has_one_copy)
 
     def _users_own(self, param: Tensor) -> dict[str, Any]:
         """Tensors of the parameter's shape are equal on all ranks, as it is; of anything else rank 0's counts."""

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
+from torch import Tensor
 
 import sharded_radam.checkpoint.directory as directory
 from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
@@ -25,6 +26,7 @@ from sharded_radam.checkpoint.index import MANIFEST, METADATA, write_index
 from sharded_radam.checkpoint.metadata import Box, SavedTensor
 from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.verification import check_coverage
+from sharded_radam.replicas import NO_FACTS, Facts, fingerprint, first_difference
 
 _SEEN_WITHIN_S = 10.0
 """Network file systems may show a new directory late."""
@@ -52,7 +54,7 @@ class Saved:
     """What is to be saved: values that all ranks have, values of this rank only, and facts for the manifest.
 
     ``notes`` are rank 0's facts for the manifest; ``replaces`` says there whether one that has the name is to be
-    replaced.
+    replaced. ``replicas`` must be equal on all ranks, which is checked.
     """
 
     nested: Mapping[str, Any]
@@ -60,6 +62,7 @@ class Saved:
     info: Mapping[str, Any]
     notes: Mapping[str, Any] = field(default_factory=dict)
     replaces: bool = False
+    replicas: Facts = NO_FACTS
 
 
 class Save:
@@ -115,12 +118,34 @@ class Save:
             found = contents(saved.nested, saved.own, self._peers.rank, self._peers.world_size)
             self._chunks = {key: encode(value, key) for key, value in found.objects.items()}
             self._contents = replace(found, objects={})
-            offer = {**saved.info, "contents": found.digest()}
+            offer = {"contents": found.digest(), **saved.info}
+            if self._peers.world_size > 1:
+                digest, sums = fingerprint(saved.replicas)
+                offer["replicas"] = digest.tolist()
         except Exception as error:
             problem = error
-        self._unfinished = Path(self._agreement.decide(offer, problem, self._make_directory))
+        unfinished = self._agreement.decide(offer, problem, self._make_directory)
+        if unfinished is None:
+            self._raise_difference(saved.replicas, sums)
+        self._unfinished = Path(unfinished)
 
-    def _make_directory(self, offers: list[Any]) -> str:
+    def _raise_difference(self, here: Facts, sums: Tensor) -> NoReturn:
+        """Collective: raise on all ranks what is not equal on them."""
+
+        def gather(item: Any) -> list[Any]:
+            return cast("list[Any]", self._agreement.decide(item, decide=lambda offers: offers))
+
+        def fail(_: list[Any]) -> None:
+            raise ValueError(text)
+
+        text = first_difference(here, sums, gather)
+        self._agreement.decide(None, decide=fail)
+        raise AssertionError(text)
+
+    def _make_directory(self, offers: list[Any]) -> str | None:
+        expect_same([offer["contents"] for offer in offers], "contents")
+        if any(offer.get("replicas") != offers[0].get("replicas") for offer in offers):
+            return None
         for what in offers[0]:
             expect_same([offer.get(what) for offer in offers], what)
         self._unfinished = directory.begin(self.final, self._leftovers, self._replaces)

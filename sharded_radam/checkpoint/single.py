@@ -22,7 +22,7 @@ def save_optimizer(
 
     def collect() -> Saved:
         part = make_part()
-        return Saved({"optim": part.content()}, {}, {"step": part.step()})
+        return Saved({"optim": part.content()}, {}, {"step": part.step()}, replicas=part.facts())
 
     return Save(path, collect, peers, timeout).write()
 

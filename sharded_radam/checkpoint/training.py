@@ -24,7 +24,9 @@ from sharded_radam.checkpoint.other_optimizer import OtherPart
 from sharded_radam.checkpoint.peers import ranks_of
 from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.undo import Change, may_fail, remember_model, remember_object, reset
-from sharded_radam.state import Entry
+from sharded_radam.replicas import Facts
+from sharded_radam.state import Entry, plain_name
+from sharded_radam.values import is_dense_tensor
 
 Name = tuple[str, ...]
 """Keys of nested dicts, positions in lists; () where there is one object alone."""
@@ -91,16 +93,33 @@ class Training:
                     "give CheckpointManager its process_group, and a folder of its own"
                 )
 
-    def content(self) -> dict[str, Any]:
-        """What all ranks save."""
+    def content(self) -> tuple[dict[str, Any], Facts]:
+        """What all ranks save, and what of it must be equal on them."""
         nested: dict[str, Any] = {}
+        parts = {name: self._part(name) for name in self.optimizers}
         for name, model in self.models.items():
             _put(nested, ("model", *name), model_content(model))
-        for name in self.optimizers:
-            _put(nested, ("optim", *name), self._part(name).content())
+        for name, part in parts.items():
+            _put(nested, ("optim", *name), part.content())
         for name, scheduler in self.schedulers.items():
             _put(nested, ("scheduler", *name), Opaque(scheduler.state_dict()))
-        return nested
+        return nested, self._facts({name: part for name, part in parts.items() if isinstance(part, OptimizerPart)})
+
+    def _facts(self, parts: Mapping[Name, OptimizerPart]) -> Facts:
+        """Of all our optimizers, and of the parameters of all models, once each."""
+        found = {name: part.facts() for name, part in parts.items()}
+        values = {
+            f"{what} of {_key('optimizer', name)}" if name else what: value
+            for name, facts in found.items()
+            for what, value in facts.values.items()
+        }
+        params = {id(param): (name, param) for facts in found.values() for name, param in facts.params}
+        shared = {id(p) for part in parts.values() if part.has_one_copy for flat in part.flats for p in flat.params}
+        for at, model in self.models.items():
+            for name, param in model.named_parameters():
+                if is_dense_tensor(param) and id(param) not in shared:
+                    params.setdefault(id(param), (".".join((*at, plain_name(name))), param))
+        return Facts(values, [*params.values()])
 
     def _part(self, name: Name) -> OptimizerPart | OtherPart:
         optimizer = self.optimizers[name]
