@@ -11,6 +11,12 @@ depends on devices. There is one open operation at a time, which has a token::
 
 So all ranks succeed or all fail with the same words, whoever is late. Nothing is counted that could part: a rank that
 missed an operation joins the next one. Messages are JSON, never pickles.
+
+A rank that waits looks whether the process of the next rank has ended (``liveness``), and at the connections of the
+transport. So a rank that is killed is noticed within seconds, by the one before it, or, if that one is dead too, by the
+one before that. The others learn where to look for a rank when it first comes here, which is when it begins to build an
+optimizer. One that is killed between ``init_process_group`` and that has run nothing of ours: nothing tells it from one
+that is slow, and the others wait until the time is over.
 """
 
 from __future__ import annotations
@@ -20,13 +26,16 @@ import logging
 import math
 import secrets
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from sharded_radam.board import Board, StoreLostError, pauses
+from sharded_radam.liveness import Acquaintance, Watch
 
 T = TypeVar("T")
 
@@ -45,6 +54,10 @@ _MISSING = (
     "every rank of the process group must come here, also those without data, and not under a condition such as "
     "`if rank == 0:`, and be alive"
 )
+
+
+_known: weakref.WeakKeyDictionary[Any, Acquaintance] = weakref.WeakKeyDictionary()
+"""Of the store of a process group: where its ranks listen."""
 
 
 class LostError(RuntimeError):
@@ -83,16 +96,23 @@ class Meeting:
         rank: of this process in the group.
         world_size: of the group.
         timeout: seconds that a rank waits for the others.
+        known: where they listen.
 
     ``connections`` are looked at while others are waited for.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(
+        self, store: Any, rank: int, world_size: int, timeout: float, known: Acquaintance | None = None
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
         self.connections = Connections()
+        self._next = (rank + 1) % world_size
         self._board = None if store is None else Board(store)
+        self._known = known
+        if self._known is None and self._board is not None:
+            self._known = Acquaintance(self._board, store, rank, [self._next])
         self._written: deque[list[str]] = deque()
 
     @staticmethod
@@ -112,7 +132,12 @@ class Meeting:
             return Meeting(None, rank, world_size, 0.0)
         store = dist.distributed_c10d._get_process_group_store(group)
         prefixed = cast("Any", dist).PrefixStore("sharded_radam/meeting", store)
-        return Meeting(prefixed, rank, world_size, timeout_of(group))
+        meeting = Meeting(prefixed, rank, world_size, timeout_of(group), _known.get(store))
+        assert meeting._known is not None
+        _known[store] = meeting._known
+        with suppress(StoreLostError):  # will be raised when they meet
+            meeting._known.arrive()
+        return meeting
 
     def agree(
         self,
@@ -174,30 +199,40 @@ class Meeting:
     def _verdict(
         self, board: Board, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]
     ) -> dict[str, Any]:
+        assert self._known is not None
+        self._known.arrive()
+        self._known.meet([self._known.address(self._next)])
         token = self._join(board, post)
         board.put(f"{token}/{self.rank}", json.dumps(post))
-        if board.count(f"{token}/count") == self.world_size:
+        if board.count(f"{token}/count") == self.world_size or board.claim(f"{token}/what", what) != what:
             return self._settle(board, token, decide)
-        if board.claim(f"{token}/what", what) != what:
-            return self._settle(board, token)
-        patience = min(_GRACE_S, self.timeout) if "problem" in post else self.timeout
+        with closing(Watch(board, self._known, self.timeout)) as watch:
+            found = self._wait(board, watch, token, post)
+        return self._settle(board, token, decide, found) if isinstance(found, str) else found
+
+    def _wait(self, board: Board, watch: Watch, token: str, post: dict[str, Any]) -> dict[str, Any] | str:
+        """The verdict, or why it is in vain to wait for it."""
+        has_failed = "problem" in post
+        patience = min(_GRACE_S, self.timeout) if has_failed else self.timeout
         begin, patiently = time.monotonic(), _QUIET_S
         for _ in pauses():
-            verdict: dict[str, Any] | None = board.look(f"{token}/verdict")
-            if verdict is not None:
-                break
+            if (verdict := board.look(f"{token}/verdict")) is not None:
+                return cast("dict[str, Any]", verdict)
             waited = time.monotonic() - begin
             if (vain := self.connections.gone()) is not None:
-                return self._settle(board, token, vain=vain)
+                return vain
+            if watch.is_due() and (why := watch.why_ended(self._next)):
+                return f"rank {self._next} {why}"
             # Otherwise it has left this meeting.
             if self.connections.is_ahead() and board.read(f"{token}/verdict") is None:
                 self.connections.call()
             if waited >= patience:
-                return self._settle(board, token, vain=f"did not come within {patience:g} s; {_MISSING}")
+                break
             if waited > patiently:
-                logger.warning("%s: rank %d waits for others (came: %s)", what, self.rank, [*self._posts(board, token)])
+                came = [*self._posts(board, token)]
+                logger.warning("%s: rank %d waits for others (came: %s)", post["what"], self.rank, came)
                 patiently = math.inf
-        return cast("dict[str, Any]", verdict)
+        return f"did not come{'' if has_failed else f' within {patience:g} s'}; {_MISSING}"
 
     def _join(self, board: Board, post: dict[str, Any]) -> str:
         """The token of the open operation, after opening one if this rank has been in it, or it failed without us."""
@@ -271,12 +306,13 @@ def _judge(
             return {"failure": next(iter(problems)), "kind": kind}
         return {"failure": _told(problems), "kind": kind}
     what = next(iter(doing))
-    lost = _by_value({rank: post["problem"] for rank, post in posts.items() if "problem" in post})
-    if lost:
-        return {"failure": f"{what}: {_told(lost)}"}
     missing = [rank for rank in range(world_size) if rank not in posts]
-    if missing:
-        return {"failure": f"{what}: {vain if vain.startswith('rank') else f'{name_ranks(missing)} {vain}'}"}
+    if vain.startswith("rank"):  # this one is certain
+        return {"failure": f"{what}: {vain}"}
+    lost = _by_value({rank: post["problem"] for rank, post in posts.items() if "problem" in post})
+    absent = [f"{name_ranks(missing)} {vain}"] if missing else []
+    if lost or absent:
+        return {"failure": f"{what}: {'; '.join([*absent, *([_told(lost)] if lost else [])])}"}
     try:
         return {"value": decide([posts[rank]["offer"] for rank in range(world_size)])}
     except Exception as error:  # whatever it is, the others must not wait for a verdict

@@ -23,13 +23,13 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 
-from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam import CheckpointManager, ShardedRAdam, liveness
 from sharded_radam.board import Board
-from sharded_radam.checkpoint import directory, files, liveness, loading, saving
+from sharded_radam.checkpoint import directory, files, loading, saving
 from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.contents import Staging
-from sharded_radam.checkpoint.liveness import Acquaintance
 from sharded_radam.checkpoint.peers import Line, Peers
+from sharded_radam.liveness import Acquaintance
 from tests.ranks import CONTEXT, WORLD_SIZES, run
 
 # The state machine: ranks are threads of one process

@@ -8,23 +8,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime as dt
+import itertools
 import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 from torch.nn import Parameter
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import ShardedRAdam, meeting
 from tests.ranks import CONTEXT, WORLD_SIZES, run, stop
 
 TIMEOUT_S = 3.0
@@ -325,37 +327,58 @@ def test_a_forward_that_raises_on_one_rank(world_size: int) -> None:
 # One rank is killed
 
 
-def consolidating(rank: int, world_size: int, folder: str, transport: str) -> None:
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fatal_params() -> Iterator[Parameter]:
+    yield Parameter(torch.ones(60, 60))
+    die()
+
+
+def in_gather(optimizer: ShardedRAdam) -> None:
+    network = optimizer._network
+    gather, calls = network.gather, []
+
+    def fatal(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            die()
+        gather(*args)
+
+    network.gather = fatal  # type: ignore[method-assign, assignment]
+
+
+DEATHS: dict[str, Callable[[ShardedRAdam], None]] = {"before": die, "gather": in_gather}
+
+
+def consolidating(rank: int, world_size: int, folder: str, transport: str, place: str) -> None:
+    """The last rank is killed while it builds its optimizer, before it would consolidate, or while all gather."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=dt.timedelta(seconds=20))
-    model = nn.Linear(60, 60)
-    optimizer = ShardedRAdam(model.parameters(), bucket_cap_mb=1e-3, transport=transport)
-    model(torch.ones(2, 60)).sum().backward()
-    optimizer.step()
-    Path(folder, f"ready{rank}").touch()
-    if rank == world_size - 1:
-        network = optimizer._network
-        gather, calls = network.gather, []
+    is_victim = rank == world_size - 1
 
-        def die(*args: Any) -> None:
-            calls.append(args)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            gather(*args)
+    def act() -> None:
+        params = fatal_params() if is_victim and place == "building" else [Parameter(torch.ones(60, 60))]
+        optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
+        iterate(optimizer)
+        if is_victim:
+            DEATHS[place](optimizer)
+        for to in range(world_size):
+            optimizer.consolidate_state_dict(to)
 
-        network.gather = die  # type: ignore[method-assign, assignment]
-    kind, text, seconds = told(lambda: [optimizer.consolidate_state_dict(to) for to in range(world_size)])
+    kind, text, seconds = told(act)
     Path(folder, f"told{rank}").write_text(f"{seconds} {kind} {text}")
     os._exit(0)  # Gloo's destructors may wait for the dead
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("transport", ["shared_memory", "gloo", "native"])
-def test_a_rank_that_is_killed_while_ranks_gather(tmp_path: Path, world_size: int, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "place"), [("native", "building"), *itertools.product(TRANSPORTS, DEATHS)])
+def test_a_rank_that_is_killed(tmp_path: Path, world_size: int, transport: str, place: str) -> None:
     ranks = [
-        CONTEXT.Process(target=consolidating, args=(rank, world_size, str(tmp_path), transport))
+        CONTEXT.Process(target=consolidating, args=(rank, world_size, str(tmp_path), transport, place))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -373,11 +396,37 @@ def test_a_rank_that_is_killed_while_ranks_gather(tmp_path: Path, world_size: in
     texts = [(tmp_path / f"told{rank}").read_text().split(" ", 2) for rank in range(world_size - 1)]
     assert all(float(seconds) < 8 for seconds, _, _ in texts), texts
     assert len({text for _, _, text in texts}) == 1, texts
-    if transport == "native":  # Gloo's own gather says that a connection was closed, and not whose
-        assert "a rank did not come within 20 s, or is gone" in texts[0][2]
-    else:
-        assert f"rank {world_size - 1} " in texts[0][2]
-        assert "is gone" in texts[0][2]
+    what = "building ShardedRAdam" if place == "building" else "consolidate_state_dict(to="
+    assert texts[0][2].startswith(what), texts
+    assert (
+        f"rank {world_size - 1} {'is gone' if transport == 'shared_memory' else 'has ended: it was killed'}"
+        in texts[0][2]
+    )
+
+
+def check_late(rank: int, world_size: int) -> tuple[str, str, float]:
+    """The last rank lives, and is elsewhere while the others gather."""
+    optimizer = build("native")
+    network, gather = optimizer._network, optimizer._network.gather
+
+    def late(*args: Any) -> None:
+        time.sleep(TIMEOUT_S + 3)
+        gather(*args)
+
+    with mock.patch.object(meeting, "_GRACE_S", 1.0):
+        if rank == world_size - 1:
+            network.gather = late  # type: ignore[method-assign, assignment]
+        return told(lambda: optimizer.consolidate_state_dict(to=0))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_the_backend_waits_for_is_named(world_size: int) -> None:
+    """Gloo's own gather says after the time-out that it is over, and no more."""
+    kind, text = same(run(check_late, world_size), 2 * SOON_S)
+    assert kind == "RuntimeError"
+    begin = f"consolidate_state_dict(to=0) after 0 steps: rank {world_size - 1} did not come; every rank of the process"
+    assert text.startswith(begin), text
+    assert "a rank did not come within 3 s, or is gone (" in text
 
 
 # Descriptors

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch.distributed as dist
 
 from sharded_radam.board import Board
-from sharded_radam.checkpoint.liveness import Acquaintance
 from sharded_radam.compat import own_connection
+from sharded_radam.liveness import Acquaintance
 
 
 @dataclass(slots=True)

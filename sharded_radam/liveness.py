@@ -122,24 +122,33 @@ def _is_open(connection: socket.socket) -> bool:
 
 
 class Acquaintance:
-    """What this process knows of where its peers listen, for as long as the store is there."""
+    """What this process knows of where its peers listen, for as long as the store is there.
 
-    def __init__(self, board: Board, store: Any, rank: int, others: range) -> None:
-        self._board, self._store, self._rank = board, store, rank
+    Args:
+        board: where addresses are written.
+        store: of the board.
+        rank: of this process.
+        others: ranks that this one will watch.
+    """
+
+    def __init__(self, board: Board, store: Any, rank: int, others: Iterable[int]) -> None:
+        self._board, self._store, self._rank, self._others = board, store, rank, others
         self._pid = 0
+        self.own: Address | None = None
         self.met: set[Address] = set()
         self._tried: set[Address] = set()
-        self.arrive()
-        known = [address for other in others if (address := self.address(other)) and self.is_near(address)]
-        self.nobodys = {address for address in known if not self._answers(address)}
+        self.nobodys: set[Address] = set()
 
     def arrive(self) -> None:
-        """Write down where this process listens; again after a fork."""
+        """Write down where this process listens; again after a fork. The first time, see who has ended already."""
         if self._pid != os.getpid():
-            self.own: Address | None = None
+            self.own = None
             with suppress(OSError):
                 self.own = listen(self._store)
                 self._board.put(f"here/{self._rank}", json.dumps(self.own))
+            if not self._pid:
+                known = [address for other in self._others if (address := self.address(other))]
+                self.nobodys = {each for each in known if self.is_near(each) and not self._answers(each)}
             self._pid = os.getpid()
         _empty_queues()
 
@@ -216,10 +225,14 @@ class Watch:
         self._next_look = now + min(_LOOK_S, self._timeout / 5)
         return True
 
+    def why_ended(self, rank: int) -> str | None:
+        """That the process has ended which said that it is a rank, None if it has not, or has said nothing."""
+        return _ENDED if self.has_ended(self._known.address(rank)) else None
+
     def why_absent(self, rank: int, began: float) -> str | None:
         """Why a rank is given up that is not in the operation that began at a time, None if it is not."""
-        if self.has_ended(self._known.address(rank)):
-            return _ENDED
+        if ended := self.why_ended(rank):
+            return ended
         absent = f"did not come within {self._timeout:g} s: every rank of the process group must make this call"
         return absent if time.monotonic() > began + self._timeout else None
 
