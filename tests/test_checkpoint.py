@@ -43,8 +43,8 @@ def named(kind: str) -> tuple[nn.Module, ShardedRAdam]:
     model = Net()
     params = [*model.named_parameters()]
     if kind == "other layout":
-        return model, ShardedRAdam(params[::-1], foreach=True, bucket_cap_mb=2e-3)
-    return model, ShardedRAdam(params, foreach=True, bucket_cap_mb=1e-3)
+        return model, ShardedRAdam(params[::-1], foreach=True, bucket_cap_mb=5e-3)
+    return model, ShardedRAdam(params, foreach=True, bucket_cap_mb=3e-3)
 
 
 # Matrix
@@ -77,14 +77,12 @@ def test_any_world_size_buckets_and_order(tmp_path: Path, saved_at: int) -> None
     run(save_training, saved_at, str(tmp_path))
     wanted = uninterrupted()
     for world_size in WORLD_SIZES:
-        for kind in ("as saved", "other layout"):
-            for params, report in run(load_training, world_size, str(tmp_path), saved_at, kind):
-                assert_same(params, wanted, (world_size, kind))
-                assert (report.loaded, report.parameters, report.step) == (9, 9, SAVED_AT)
-                assert (
-                    str(report)
-                    == f"9/9 parameters, 0.01622 M elements, step {SAVED_AT}, saved at world size {saved_at}"
-                )
+        kind = ("as saved", "other layout")[(saved_at + world_size) % 2]  # both from each, and at each
+        for params, report in run(load_training, world_size, str(tmp_path), saved_at, kind):
+            assert_same(params, wanted, (world_size, kind))
+            assert (report.loaded, report.parameters, report.step) == (9, 9, SAVED_AT)
+            text = f"9/9 parameters, 0.01622 M elements, step {SAVED_AT}, saved at world size {saved_at}"
+            assert str(report) == text
     folder = tmp_path / f"step_{saved_at}"
     index = read_index(folder)
     verify(index)

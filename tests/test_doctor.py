@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +13,7 @@ import torch
 import sharded_radam
 from sharded_radam import ShardedRAdam, diagnosis
 from sharded_radam.cli import main
-from tests.programs import ROOT, environment
+from tests.programs import call
 from tests.ranks import WORLD_SIZES, run
 
 CHECKS = ["bits of torch.optim.RAdam(foreach=True)", "sharded gradients"]
@@ -37,15 +35,13 @@ def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_under_torchrun_and_what_plan_makes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    command = [*torchrun, "-m", "sharded_radam", "doctor", "--mb", "2", "--folder", str(tmp_path / "shared"), "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "shared"
+    done = call(3, "sharded_radam", "doctor", "--mb", 2, "--folder", folder, "--json")
     found = json.loads(done.stdout)
     assert (found["ranks"], len(found["hosts"])) == (3, 3)
     assert found["transport"] == {"name": "shared_memory", "reason": "all ranks are on CPUs of one host"}
-    assert found["checks"] == dict.fromkeys([*CHECKS, f"saves and loads in {tmp_path / 'shared'}"], "ok")
-    assert list((tmp_path / "shared").iterdir()) == []
+    assert found["checks"] == dict.fromkeys([*CHECKS, f"saves and loads in {folder}"], "ok")
+    assert list(folder.iterdir()) == []
     assert all(rate > 1e6 for rate in found["bandwidth"].values())
     assert found["environment"]["OMP_NUM_THREADS"] == "1"
     (tmp_path / "doctor.json").write_text(done.stdout)

@@ -17,7 +17,8 @@ import pytest
 from sharded_radam.checkpoint.directory import committed_steps
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.verification import verify
-from tests.programs import ROOT, SMALL, environment, metrics, train, wait_for
+from tests import programs
+from tests.programs import ROOT, SMALL, TRAIN, Program, environment, metrics, train, wait_for
 
 psutil = pytest.importorskip("psutil")
 
@@ -52,13 +53,13 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 def workers(launcher: subprocess.Popen[bytes]) -> dict[int, Any]:
     """Ranks -> their processes."""
     children = psutil.Process(launcher.pid).children(recursive=True)
-    return {int(p.environ()["RANK"]): p for p in children if "launch/train.py" in p.cmdline()}
+    return {int(p.environ()["RANK"]): p for p in children if TRAIN in p.cmdline()}
 
 
 def flags(folder: Path, steps: int, **more: object) -> list[object]:
     extra = [text for name, value in more.items() for text in (f"--{name.replace('_', '-')}", value)]
     save = ["--save", folder / "checkpoints", "--auto-resume", "--metrics", folder / "metrics.jsonl"]
-    return ["launch/train.py", *SMALL, "--steps", steps, "--schedule-steps", 20, *save, *extra]
+    return [TRAIN, *SMALL, "--steps", steps, "--schedule-steps", 20, *save, *extra]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -81,6 +82,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses(folder)
 
 
+def is_training(folder: Path) -> bool:
+    """With some steps done."""
+    return (folder / "metrics.jsonl").exists() and len(losses(folder)) > 3
+
+
 def check_continued(folder: Path, uninterrupted: dict[int, float]) -> None:
     """All steps are there, and the losses of the first 60 are those of a run without interruption."""
     found = losses(folder)
@@ -92,45 +98,70 @@ def check_continued(folder: Path, uninterrupted: dict[int, float]) -> None:
     verify(read_index(folder / "checkpoints" / f"step_{last}"))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "victim", "number"), [(2, "1", "SIGTERM"), (3, "0", "SIGUSR1"), (2, "all", "SIGTERM")]
-)
+def check_stopped(folder: Path, text: str, uninterrupted: dict[int, float], ranks: int) -> None:
+    """All have saved the same step, and go on from it at another world size."""
+    stopped_at = max(losses(folder))
+    assert f"asked to stop after step {stopped_at}: saving" in text
+    assert committed_steps(folder / "checkpoints") == [stopped_at]
+    train(ranks, *flags(folder, max(stopped_at + 3, 20))[1:])
+    check_continued(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(("ranks", "victim", "number"), [(2, "all", "SIGTERM"), (3, "0", "SIGUSR1")])
 def test_asked_to_stop_all_ranks_save_the_same_step(
     tmp_path: Path, uninterrupted: dict[int, float], ranks: int, victim: str, number: str
 ) -> None:
-    """One rank is asked, or torchrun, as a scheduler does it, which asks all; they go on at another world size."""
+    """One rank is asked, or torchrun, as a scheduler does it, which asks all; they go on at another world size.
+
+    Where torchrun may restart them, with its own store, there is a warning.
+    """
     log = tmp_path / "log"
-    command = (*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", *flags(tmp_path, 10**6, save_every=10**6))
+    restarts = int(victim == "all")
+    launch = (*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}")
+    command = (*launch, *flags(tmp_path, 10**6, save_every=10**6))
     with started(log, *command) as launcher:
-        wait(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3, log)
+        wait(lambda: is_training(tmp_path), log)
         if victim == "all":
             launcher.send_signal(signal.Signals[number])
         else:
             workers(launcher)[int(victim)].send_signal(signal.Signals[number])
         assert launcher.wait(timeout=60) != 0
     text = log.read_text()
-    stopped_at = max(losses(tmp_path))
-    assert f"asked to stop after step {stopped_at}: saving" in text
-    assert committed_steps(tmp_path / "checkpoints") == [stopped_at]
     if victim != "all":
         assert f"exitcode  : {STOPPED}" in text  # torchrun reports who was first
         assert "exitcode  : -" not in text
-    more = max(stopped_at + 3, 20)
-    train(5 - ranks, *flags(tmp_path, more)[1:])
-    check_continued(tmp_path, uninterrupted)
+    assert ("start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text) == (restarts > 0)
+    check_stopped(tmp_path, text, uninterrupted, 5 - ranks)
+
+
+def ask_to_stop(program: Program, folder: Path, rank: int, number: signal.Signals) -> str:
+    """What the ranks say, of which one gets a signal."""
+    wait(lambda: is_training(folder), program.err)
+    os.kill(program.processes[rank].pid or 0, number)
+    assert program.wait() == [STOPPED] * len(program.processes), program.text()
+    return program.text()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(2, signal.SIGTERM), (3, signal.SIGTERM), (4, signal.SIGUSR1)], ids=["2", "3", "4"]
+)
+def test_one_rank_is_asked_to_stop_and_all_exit_as_asked(
+    tmp_path: Path, uninterrupted: dict[int, float], ranks: int, number: signal.Signals
+) -> None:
+    """Without torchrun, which ends the others as soon as it sees the first one's status: the last rank is asked."""
+    with programs.started(ranks, *flags(tmp_path, 10**6, save_every=10**6)) as program:
+        text = ask_to_stop(program, tmp_path, ranks - 1, number)
+    check_stopped(tmp_path, text, uninterrupted, 5 - ranks)
 
 
 def test_alone_the_exit_status_says_that_there_is_more_to_do(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with started(log, sys.executable, *flags(tmp_path, 10**6)) as process:
-        wait(lambda: (tmp_path / "metrics.jsonl").exists() and len(losses(tmp_path)) > 3, log)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == STOPPED
+    with programs.started(0, *flags(tmp_path, 10**6)) as program:
+        ask_to_stop(program, tmp_path, 0, signal.SIGTERM)
     stopped_at = committed_steps(tmp_path / "checkpoints")[-1]
+    log = tmp_path / "log"
     with started(log, sys.executable, *flags(tmp_path, stopped_at + 2)) as process:
-        assert process.wait(timeout=60) == 0
-    with started(log, sys.executable, *flags(tmp_path, stopped_at + 2)) as process:  # nothing is left to do
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=60) == 0, log.read_text()
+    train(0, *flags(tmp_path, stopped_at + 2)[1:])  # nothing is left to do
     assert max(losses(tmp_path)) == stopped_at + 2
 
 
@@ -247,7 +278,7 @@ def hosts() -> Iterator[list[str]]:
 
 
 def pod(manifest: str, folder: Path) -> list[str]:
-    """The command of a manifest's container, with other paths and numbers: 2 pods of 2 ranks, a small model."""
+    """The command of a manifest's container, with other paths and numbers: 2 pods, 2 ranks in each, a small model."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     *_, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / manifest).read_text())
     replicas = job["spec"].get("pytorchReplicaSpecs")
@@ -265,11 +296,13 @@ def pod(manifest: str, folder: Path) -> list[str]:
     return [*words, *SMALL, "--steps", "20", "--verbose"]
 
 
-@pytest.mark.parametrize("manifest", ["indexed-job.yaml", "pytorchjob.yaml"])
-def test_two_hosts(tmp_path: Path, hosts: list[str], uninterrupted: dict[int, float], manifest: str) -> None:
-    """One launcher on each, two ranks each, as pods start them: Gloo, since memory is not shared between hosts."""
+@pytest.mark.parametrize(("manifest", "ranks"), [("indexed-job.yaml", 4), ("pytorchjob.yaml", 2)])
+def test_two_hosts(
+    tmp_path: Path, hosts: list[str], uninterrupted: dict[int, float], manifest: str, ranks: int
+) -> None:
+    """One launcher on each, two ranks or one, as pods start them: Gloo, since memory is not shared between hosts."""
     operator = ["PET_RDZV_BACKEND=c10d", "PET_RDZV_ENDPOINT=first:29400", "PET_RDZV_ID=sharded-radam"]
-    operator += ["PET_NNODES=1:2", "PET_NPROC_PER_NODE=2", "PET_MAX_RESTARTS=3"]
+    operator += ["PET_NNODES=1:2", f"PET_NPROC_PER_NODE={ranks // 2}", "PET_MAX_RESTARTS=3"]
     with contextlib.ExitStack() as stack:
         launchers = []
         for index, host in enumerate(hosts):
@@ -283,7 +316,7 @@ def test_two_hosts(tmp_path: Path, hosts: list[str], uninterrupted: dict[int, fl
             assert launcher.wait(timeout=120) == 0, "\n".join((tmp_path / f"log{i}").read_text() for i in (0, 1))
     text = "".join((tmp_path / f"log{index}").read_text() for index in (0, 1))
     assert "transport gloo, since there is no shared memory between the ranks" in text
-    assert [record["ranks"] for record in metrics(tmp_path / "metrics.jsonl") if "ranks" in record][-1] == 4
+    assert [record["ranks"] for record in metrics(tmp_path / "metrics.jsonl") if "ranks" in record][-1] == ranks
     check_continued(tmp_path, uninterrupted)
 
 
@@ -298,17 +331,19 @@ def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
         assert message in done.stderr
 
 
-def test_tensorboard_and_a_warning_of_restarts(tmp_path: Path) -> None:
-    """The figures of the JSON lines; and a warning, since restarts with torchrun's own store do not work."""
-    log = tmp_path / "log"
-    run = ("launch/train.py", *SMALL, "--steps", 3, "--tensorboard", tmp_path, "--metrics", tmp_path / "m.jsonl")
-    with started(log, *TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", *run) as launcher:
-        status = launcher.wait(timeout=60)
-    assert "start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in log.read_text()
+def test_tensorboard(tmp_path: Path) -> None:
+    """The figures of the JSON lines."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
-    assert status == 0
+    train(2, "--steps", 3, "--tensorboard", tmp_path, "--metrics", tmp_path / "m.jsonl")
     found = events.EventAccumulator(str(tmp_path))
     found.Reload()
     written = {event.step: event.value for event in found.Scalars("loss")}
     assert written == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "m.jsonl") if "loss" in r})
     assert {"grad_norm", "phases_ms/update", "memory_bytes/1", "validation_loss"} <= set(found.Tags()["scalars"])
+
+
+def test_a_warning_of_restarts() -> None:
+    """With torchrun's own store they do not work; test_asked_to_stop_all_ranks_save_the_same_step has torchrun's."""
+    warning = "start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    assert warning not in train(1, "--steps", 1).stderr
+    assert warning in programs.call(1, TRAIN, *SMALL, "--steps", 1, TORCHELASTIC_MAX_RESTARTS="1").stderr

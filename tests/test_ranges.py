@@ -138,10 +138,10 @@ def make(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = Net()
     params = list(model.parameters())
     if kind == "other layout":
-        return model, ShardedRAdam(params[::-1], foreach=True, bucket_cap_mb=2e-3)
+        return model, ShardedRAdam(params[::-1], foreach=True, bucket_cap_mb=5e-3)
     if kind == "radam":
         return model, torch.optim.RAdam(params, foreach=True)
-    return model, ShardedRAdam(params, foreach=True, bucket_cap_mb=1e-3)
+    return model, ShardedRAdam(params, foreach=True, bucket_cap_mb=3e-3)
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -193,9 +193,9 @@ def test_checkpoints_of_torch_at_any_world_size(tmp_path: Path, saved_at: int) -
     run(save, saved_at, str(tmp_path), "sharded", True)
     wanted = uninterrupted()
     for world_size in WORLD_SIZES:
-        for kind in ("sharded", "other layout"):
-            for result in run(load, world_size, str(tmp_path / str(saved_at)), kind):
-                assert_same(result, wanted, (world_size, kind))
+        kind = ("sharded", "other layout")[(saved_at + world_size) % 2]  # both from each, and at each
+        for result in run(load, world_size, str(tmp_path / str(saved_at)), kind):
+            assert_same(result, wanted, (world_size, kind))
     assert_same(load(0, 1, str(tmp_path / str(saved_at)), "radam"), wanted)
 
 

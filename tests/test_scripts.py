@@ -17,19 +17,7 @@ from sharded_radam import compat
 from sharded_radam.plan import ParamSpec
 from sharded_radam.planning.estimate import OURS as OURS_DDP
 from sharded_radam.planning.estimate import OURS_SHARDED, estimates
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(ranks: int, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*torchrun, f"scripts/{script}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
+from tests.programs import ROOT, call
 
 OURS = "sharded_radam, shard_gradients"
 ALONE = {"sharded_radam", "sharded_radam, no communication", "DDP + RAdam"}
@@ -43,7 +31,7 @@ MORE_ITERATIONS |= {"FSDP2 + RAdam foreach"}
 def test_bench_step(tmp_path: Path, ranks: int) -> None:
     file = tmp_path / "out.json"
     flags = ("--shapes", "tiny", "--rounds", "1", "--warmup", "1", "--passes", "2", "--json", str(file))
-    out = run(ranks, "bench_step.py", *flags).stdout
+    out = call(ranks, "scripts/bench_step.py", *flags, seconds=200).stdout
     figures = json.loads(file.read_text())
     limit = {"limit: update, bytes at the speed of memcpy"}
     assert figures["step"]["tiny"].keys() == ALONE | limit | (TOGETHER if ranks > 1 else set())
@@ -59,7 +47,7 @@ def test_bench_step(tmp_path: Path, ranks: int) -> None:
 def test_bench_train(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     sizes = ("--layers", "1", "--heads", "2", "--width", "32", "--context", "16")
-    run(2, "bench_train.py", "--rounds", "2", "--warmup", "6", *sizes, "--json", str(file))
+    call(2, "scripts/bench_train.py", "--rounds", 2, "--warmup", 6, *sizes, "--json", file, seconds=200)
     figures = json.loads(file.read_text())
     rows = figures["iteration"]
     assert rows.keys() >= ITERATIONS | MORE_ITERATIONS
@@ -85,17 +73,6 @@ def test_plots_and_tables(tmp_path: Path) -> None:
     assert [table for table in tables if table not in readme] == []
 
 
-def test_bench_memory(tmp_path: Path) -> None:
-    file = tmp_path / "out.json"
-    run(2, "bench_memory.py", "--shapes", "tiny", "--json", str(file))
-    figures = json.loads(file.read_text())["memory"]["tiny"]
-    numel = figures["elements"]
-    peers = figures["peers"]
-    assert peers["DDP + RAdam"]["state_bytes"] == 8 * numel
-    assert 8 * numel / 2 <= peers["sharded_radam"]["state_bytes"] < 8 * numel / 2 * 1.01
-    assert peers["sharded_radam"]["state_bytes"] < 0.6 * peers["DDP + RAdam"]["state_bytes"]
-
-
 def check_plan(figures: dict[str, Any], ranks: int, numel: int) -> None:
     """Within 1 % of what a rank's process grows by, the plan being that of now."""
     params = [ParamSpec("all", (numel,), (0,), torch.float32, "cpu", 0)]
@@ -107,11 +84,25 @@ def check_plan(figures: dict[str, Any], ranks: int, numel: int) -> None:
         assert peers[name]["all_pss"] == pytest.approx(planned[ours], rel=0.01)
 
 
+def bench_memory(shapes: str, peers: set[str], file: Path) -> tuple[int, dict[str, Any]]:
+    """Elements, and the figures of peers, of which each is in processes of its own."""
+    call(2, "scripts/bench_memory.py", "--shapes", shapes, "--peers", *sorted(peers), "--json", file, seconds=200)
+    figures = json.loads(file.read_text())["memory"][shapes]
+    assert figures["peers"].keys() == peers
+    return figures["elements"], figures["peers"]
+
+
+def test_bench_memory(tmp_path: Path) -> None:
+    numel, peers = bench_memory("tiny", {"DDP + RAdam", "ZeroRedundancyOptimizer"}, tmp_path / "out.json")
+    assert peers["DDP + RAdam"]["state_bytes"] == 8 * numel
+
+
 def test_the_plan_is_what_processes_take(tmp_path: Path) -> None:
-    file = tmp_path / "out.json"
-    ours = ("sharded_radam", "sharded_radam, shard_gradients")
-    run(2, "bench_memory.py", "--shapes", "gpt2", "--peers", *ours, "--json", str(file))
-    check_plan(json.loads(file.read_text())["memory"]["gpt2"], 2, 124_439_808)
+    ours = {"sharded_radam", "sharded_radam, shard_gradients"}
+    numel, peers = bench_memory("gpt2", ours, tmp_path / "out.json")
+    check_plan({"peers": peers}, 2, numel)
+    for name in ours:
+        assert 8 * numel / 2 <= peers[name]["state_bytes"] < 8 * numel / 2 * 1.01
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -124,7 +115,7 @@ def test_the_plan_is_what_was_measured(ranks: int) -> None:
 def test_bench_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     flags = ("--shapes", "tiny", "--rounds", "1", "--folder", str(tmp_path / "x"), "--json", str(file))
-    out = run(2, "bench_checkpoint.py", *flags).stdout
+    out = call(2, "scripts/bench_checkpoint.py", *flags, seconds=200).stdout
     figures = json.loads(file.read_text())["seconds"]
     assert len(figures) == 4
     for peer, times in figures.items():

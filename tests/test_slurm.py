@@ -15,7 +15,7 @@ import pytest
 
 from sharded_radam.checkpoint.directory import committed_steps
 from tests.programs import ROOT, SMALL, environment
-from tests.test_launch import losses, wait
+from tests.test_launch import is_training, losses, wait
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 pytestmark = [
@@ -102,10 +102,6 @@ def submit(folder: Path, *arguments: object) -> str:
 def field(job: str, name: str) -> str:
     words = run("scontrol", "show", "job", job, "--oneliner").split()
     return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
-
-
-def is_training(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() and len(losses(folder)) > 3
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,4 +1,4 @@
-"""The training script as users start it: real torchrun, real files, real SIGKILL."""
+"""The training script: real files, real SIGKILL; tests/test_launch.py and others start it by torchrun, as users do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sharded_radam.checkpoint.directory import committed_steps
 from sharded_radam.checkpoint.index import read_index
 from sharded_radam.checkpoint.tools import differences
 from sharded_radam.checkpoint.verification import verify
-from tests.programs import ROOT, SMALL, command, environment, metrics, train, wait_for
+from tests.programs import ROOT, SMALL, TRAIN, call, environment, metrics, torchrun, train, wait_for
 
 psutil = pytest.importorskip("psutil")
 
@@ -100,7 +100,8 @@ def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path,
     folder = tmp_path / "checkpoints"
     flags = ("--steps", 100_000, "--schedule-steps", 100_000, "--save", folder, "--save-every", 2)
     log = (tmp_path / "log").open("w")
-    launcher = subprocess.Popen(command(2, *flags), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    command = torchrun(2, TRAIN, *SMALL, *flags)
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
     try:
         wait_for(lambda: committed_steps(folder), 60)
         time.sleep(0.3 * victim)
@@ -132,6 +133,7 @@ import torch.distributed as dist
 from sharded_radam import ShardedRAdam
 from tests.cases import make_params, set_grads
 
+dist.set_debug_level_from_env()
 dist.init_process_group("gloo")
 for transport in ("gloo", "native"):
     params = make_params()
@@ -152,6 +154,4 @@ def test_with_all_checks_of_torch_distributed(tmp_path: Path) -> None:
     """
     script = tmp_path / "detail.py"
     script.write_text(DETAIL)
-    detail = {**environment(), "TORCH_DISTRIBUTED_DEBUG": "DETAIL", "PYTHONPATH": str(ROOT)}
-    launch = [*command(2)[: -len(SMALL) - 1], str(script)]
-    subprocess.run(launch, cwd=ROOT, env=detail, check=True, capture_output=True, timeout=100)
+    call(2, str(script), TORCH_DISTRIBUTED_DEBUG="DETAIL")
