@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class Flat:
             with the strides they have; otherwise they stay what they are, and the buffer is a copy of them.
         rank: whose shards have their state here.
         buffer: memory to use, 1-D, of the plan's size; new memory if None.
+        elsewhere: of the parameters, those that do not become views, since others have their memory too.
 
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
@@ -57,6 +58,7 @@ class Flat:
         rank: int,
         as_views: bool,
         buffer: Tensor | None = None,
+        elsewhere: Set[Tensor] = frozenset(),
     ) -> None:
         self.plan = plan
         self.specs = [specs[slot.param] for slot in plan.slots]
@@ -73,6 +75,8 @@ class Flat:
             for name in ("exp_avg", "exp_avg_sq", *(("master",) if self.is_half else ()))
         }
         self._windows = [window(self.buffer, slot.start, slot.numel) for slot in plan.slots]
+        self._addresses = [view.data_ptr() for view in self._windows]
+        self.copied = {at for at, param in enumerate(self.params) if not as_views or param in elsewhere}
         self._take_in(range(len(self.params)))
         self.pieces = self._make_pieces()
         self._pieces_of: list[list[ShardPiece]] = [[] for _ in self.params]
@@ -81,12 +85,10 @@ class Flat:
         self.local_state = [self._views_of_state(slot) for slot in range(len(plan.slots))]
         self._state_addresses = self._addresses_of_state()
         self.counters = Counters([0.0] * len(plan.slots), torch.device("cpu"))
-        self.copied: Set[int] = set() if as_views else set(range(len(plan.slots)))
         for slot in range(len(plan.slots)):
             self._complete_state(slot, None)
-        self._addresses = [param.data_ptr() if as_views else 0 for param in self.params]
         self._index = {id(param): index for index, param in enumerate(self.params)}
-        self._reassigned: dict[int, str] = {}
+        self._reassigned: dict[int, tuple[str, Tensor]] = {}
         _flats.add(self)
 
     def bucket(self, index: int) -> Tensor:
@@ -94,10 +96,30 @@ class Flat:
         start, stop = self.plan.bucket_range(index)
         return self.buffer.narrow(0, start, stop - start)
 
-    def shard_state(self, name: str, bucket: int) -> Tensor:
-        """1-D view of the state of the own shard of a bucket."""
+    def shard_of(self, local: Tensor, bucket: int) -> Tensor:
+        """1-D view of the own shard of a bucket in a tensor with the layout of ``state``."""
         start, stop = self.plan.local_range(bucket)
-        return self.state[name].narrow(0, start, stop - start)
+        return local.narrow(0, start, stop - start)
+
+    def copy_own(self, slot: int, whole: Tensor, local: Tensor) -> None:
+        """Copy the own elements of a whole tensor into one with the layout of ``state`` (modified in place)."""
+        source = flatten(whole, self.specs[slot].dim_order)
+        for at in self._own(slot):
+            local.narrow(0, at.local_start, at.numel).copy_(source.narrow(0, at.start, at.numel))
+
+    def is_laid_out_as(self, plan: FlatPlan, specs: Sequence[ParamSpec]) -> bool:
+        """Whether this is the flat of a plan for its parameters, whatever their group and names."""
+        ours, theirs = self.specs, [specs[slot.param] for slot in plan.slots]
+        return self.plan.bucket_numel == plan.bucket_numel and all(
+            (ours.shape, ours.dim_order, ours.dtype) == (theirs.shape, theirs.dim_order, theirs.dtype)
+            for ours, theirs in zip(ours, theirs, strict=True)
+        )
+
+    def release(self) -> None:
+        """Give parameters that are still here memory of their own, so that the buffer can go."""
+        for slot, param in enumerate(self.params):
+            if self.as_views and param.numel() and param.data_ptr() == self._addresses[slot]:
+                param.data = param.data.clone()
 
     def range_tensors(self, slot: int, state: Mapping[str, Tensor] | None = None) -> dict[str, RangeTensor]:
         """The state of a slot as tensors of the parameter's shape, with the own elements: live views.
@@ -117,16 +139,23 @@ class Flat:
     def _own(self, slot: int) -> list[Piece]:
         return [own.piece for own in self._pieces_of[slot]]
 
-    def check(self) -> list[int]:
+    def check(self, is_known: Callable[[Tensor], bool], among: Set[Tensor] | None = None) -> list[int]:
         """Raise RuntimeError if a parameter is no longer what this was built for, or has a sparse gradient.
+
+        Args:
+            is_known: whether the optimizer has a parameter.
+            among: the parameters to look at; all if None.
 
         Returns:
             Slots to ``take_back``: their parameters are elsewhere.
         """
         elsewhere = []
-        for index, place in self._reassigned.items():
-            raise RuntimeError(_moved(self.specs[index].name, f"was replaced by another Parameter in {place}"))
+        for index, (place, new) in self._reassigned.items():
+            if not is_known(new) and (among is None or self.params[index] in among):
+                raise RuntimeError(_moved(self.specs[index].name, f"was replaced by another Parameter in {place}"))
         for slot, (param, spec) in enumerate(zip(self.params, self.specs, strict=True)):
+            if among is not None and param not in among:
+                continue
             if param.grad is not None and param.grad.is_sparse:
                 raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{spec.name}')")
             if param.dtype != spec.dtype:
@@ -135,7 +164,7 @@ class Flat:
                 raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
-            if self.as_views and param.data_ptr() != self._addresses[slot]:
+            if self.as_views and param.data_ptr() != self._addresses[slot] and spec.numel:
                 elsewhere.append(slot)
         return elsewhere
 
@@ -185,14 +214,15 @@ class Flat:
 
         Tensors are whole, or range tensors of the own ranges.
         """
-        order = self.specs[slot].dim_order
         for name, tensor in (tensors or {}).items():
-            ranges = dict(tensor.pieces) if isinstance(tensor, RangeTensor) else None
+            if not isinstance(tensor, RangeTensor):
+                self.copy_own(slot, tensor, self.state[name])
+                continue
+            ranges = dict(tensor.pieces)
             for at in self._own(slot):
                 local = self.state[name].narrow(0, at.local_start, at.numel)
-                source = flatten(tensor, order).narrow(0, at.start, at.numel) if ranges is None else ranges[at.start]
-                if ranges is None or not source.is_set_to(local):  # it was read into its place
-                    local.copy_(source)
+                if not ranges[at.start].is_set_to(local):  # it was read into its place
+                    local.copy_(ranges[at.start])
         self._complete_state(slot, tensors)
 
     def follow(self) -> None:
@@ -236,8 +266,8 @@ class Flat:
         params = [self.params[slot] for slot in slots]
         views = [unflatten(self._windows[slot], self.specs[slot].shape, self.specs[slot].dim_order) for slot in slots]
         torch._foreach_copy_(views, [param.detach() for param in params])
-        for param, view in zip(params, views, strict=True):
-            if self.as_views and param.numel():
+        for slot, param, view in zip(slots, params, views, strict=True):
+            if slot not in self.copied and param.numel():
                 param.data = view if view.stride() == param.stride() else _restride(view, param)
 
     def _make_pieces(self) -> list[list[ShardPiece]]:
@@ -273,7 +303,7 @@ class Flat:
         """
         found = set()
         for slot, (param, views) in enumerate(zip(self.params, self.local_state, strict=True)):
-            own = state[param]
+            own = state.get(param, {})
             if own.get("step") is not self.counters.views[slot] or (
                 moments and any(own.get(name) is not view for name, view in views.items())
             ):
@@ -292,11 +322,17 @@ class Flat:
             self.set_local_state(slot, tensors)
         self._state_addresses = self._addresses_of_state()
 
-    def note_reassigned(self, param: Tensor, place: str, replaced: bool) -> None:
-        """Remember, or forget, that a module now has another Parameter in the place of ``param``."""
+    def take_notes(self, old: Iterable[Flat]) -> None:
+        """Know what flats knew that had these parameters before."""
+        for flat in old:
+            for index, (place, new) in flat._reassigned.items():
+                self.note_reassigned(flat.params[index], place, new)
+
+    def note_reassigned(self, param: Tensor, place: str, new: Tensor | None) -> None:
+        """Remember, or forget (None), that a module now has a new Parameter in the place of ``param``."""
         index = self._index.get(id(param))
-        if index is not None and replaced:
-            self._reassigned[index] = place
+        if index is not None and new is not None:
+            self._reassigned[index] = place, new
         elif index is not None:
             self._reassigned.pop(index, None)
 
@@ -330,9 +366,9 @@ def _on_registration(module: torch.nn.Module, name: str, param: torch.nn.Paramet
     old = module._parameters.get(name)
     for flat in _flats:
         if param is not None:
-            flat.note_reassigned(param, "", replaced=False)
-        if old is not None and old is not param:
-            flat.note_reassigned(old, f"{type(module).__name__}.{name}", replaced=True)
+            flat.note_reassigned(param, "", None)
+            if old is not None and old is not param:
+                flat.note_reassigned(old, f"{type(module).__name__}.{name}", param)
 
 
 # The only sign torch gives of `load_state_dict(assign=True)` or `module.weight = Parameter(...)`: the old Parameter,

@@ -41,6 +41,7 @@ from sharded_radam.flat import Flat
 from sharded_radam.grad_shard import GradShard
 from sharded_radam.memory import as_real, unflatten, zeros
 from sharded_radam.schedule import Launch, Progress, Slots, make_schedule
+from sharded_radam.state import move
 from sharded_radam.transport import Reducer, Transport
 
 logger = logging.getLogger("sharded_radam")
@@ -93,21 +94,19 @@ class ShardedGradients:
         self._had_round = False
         self._is_behind = False
         self._is_reduced = False
-        self.extend(flats)
+        self._set_flats(flats)
         self._is_behind = False
         _alive.add(self)
 
-    def extend(self, flats: Sequence[Flat]) -> None:
-        """Take in more flats; what was accumulated before must have been reduced."""
+    def _set_flats(self, flats: Sequence[Flat]) -> None:
+        self.flats, self.sums, self._shards = list(flats), [], []
         for flat in flats:
             dtype = flat.state["exp_avg"].dtype.to_real()
             total = zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device)
-            local = torch.view_as_complex(total.view(-1, 2)) if flat.buffer.is_complex() else total
-            self.flats.append(flat)
             self.sums.append(total)
             pieces: list[list[tuple[int, Tensor]]] = [[] for _ in flat.params]
             for at in (own.piece for pieces_ in flat.pieces for own in pieces_):
-                pieces[at.slot].append((at.start, local.narrow(0, at.local_start, at.numel)))
+                pieces[at.slot].append((at.start, _elements(flat, total).narrow(0, at.local_start, at.numel)))
             self._shards.append(
                 [
                     GradShard(p, spec, own, self._this)
@@ -116,10 +115,43 @@ class ShardedGradients:
             )
         self._reducer = None
         self._expected: set[Slots] = set()
+        self._last_arrivals = []
         self._reschedule(list(self._keys())[::-1])
         self._listen(take_over=True)
         self._is_reduced = False
         self._is_behind = True  # the new parameters may have gradients already
+
+    @torch.no_grad()
+    def lay_out(self, flats: Sequence[Flat]) -> None:
+        """Collective: take these flats in the place of those there are.
+
+        Gradients, which must have been reduced, move along; those of parameters that leave become whole.
+        """
+        params = {param for flat in flats for param in flat.params}
+        present = {self._param(key) for key in self._keys() if self._is_present(key)}
+        for param in [self._param(key) for key in self._keys()]:
+            if param in present and param not in params:
+                param.grad = self.whole(param)
+        for key, hook in self._hooks.items():
+            if self._param(key) not in params and hook.owner is self._this and hook.handle is not None:
+                hook.handle.remove()
+                hook.owner, hook.handle = _nobody, None
+        sources = [(flat, {"sum": _elements(flat, total)}) for flat, total in zip(self.flats, self.sums, strict=True)]
+        for state in (self._hooks, self._placed, self._filled, self._valid, self._has_grad):
+            state.clear()
+        self._set_flats(flats)
+        targets = {
+            param: (flat, slot, {"sum": _elements(flat, total)})
+            for flat, total in zip(flats, self.sums, strict=True)
+            for slot, param in enumerate(flat.params)
+            if param in present
+        }
+        move(sources, targets, self._transport)
+        for key in self._keys():
+            if self._param(key) in present:
+                self._has_grad.add(key)
+                self._place(key)
+                self._note_filled(key)
 
     def make_reducer(self) -> Reducer:
         """Collective: the reducer for the buckets of all flats."""
@@ -381,9 +413,12 @@ class ShardedGradients:
                 shard.assign(self._checked(param.grad, key))
                 self._place(key)
                 self._has_grad.add(key)
-                for bucket in self._buckets_of(key):
-                    self._valid[bucket].add(key[1])
-                    self._filled[bucket].add(key[1])
+                self._note_filled(key)
+
+    def _note_filled(self, key: Slots) -> None:
+        for bucket in self._buckets_of(key):
+            self._valid[bucket].add(key[1])
+            self._filled[bucket].add(key[1])
 
     def _is_present(self, key: Slots) -> bool:
         return key in self._has_grad and self._param(key).grad is not None
@@ -540,6 +575,11 @@ class ShardedGradients:
         """The same for torch's GradScaler, which asks for each dtype in turn."""
         if not self.is_unscaled:
             self.unscale_(inv_scale, found_inf)
+
+
+def _elements(flat: Flat, total: Tensor) -> Tensor:
+    """The sums of a flat as elements of its parameters, which may be complex."""
+    return torch.view_as_complex(total.view(-1, 2)) if flat.buffer.is_complex() else total
 
 
 def _nobody() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -27,7 +28,9 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 """Devices that torch has a fused Adam kernel for."""
 
 
-def describe(groups: Sequence[dict[str, Any]], first_group: int, fused: bool) -> tuple[list[Tensor], list[ParamSpec]]:
+def describe(
+    groups: Sequence[Mapping[str, Any]], first_group: int, fused: bool
+) -> tuple[list[Tensor], list[ParamSpec]]:
     """The parameters that take part, once each, and what the layout needs to know of them.
 
     Args:
@@ -40,15 +43,66 @@ def describe(groups: Sequence[dict[str, Any]], first_group: int, fused: bool) ->
     """
     found: dict[Tensor, ParamSpec] = {}
     for index, group in enumerate(groups, first_group):
-        names = group.get("param_names") or [f"{index}.{position}" for position in range(len(group["params"]))]
+        names = group.get("param_names") or number(group, index)
         for name, param in zip(names, group["params"], strict=True):
+            if param in found and found[param].group != index:
+                raise ValueError(
+                    f"parameter '{name}' of param group {index} is in group {found[param].group}, too (there it is "
+                    f"'{found[param].name}'): a parameter can be in one group only"
+                )
             if param not in found and _takes_part(name, param, group, fused):
                 shape, order = tuple(param.shape), dim_order(param)
                 found[param] = ParamSpec(name, shape, order, param.dtype, param.device.type, index)
     return list(found), list(found.values())
 
 
-def _takes_part(name: str, param: Tensor, group: dict[str, Any], fused: bool) -> bool:
+def number(group: Mapping[str, Any], index: int) -> list[str]:
+    """Names for the parameters of a group that has none."""
+    return [f"{index}.{position}" for position in range(len(group["params"]))]
+
+
+def has_members(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the groups have these parameters, in this order."""
+    return len(groups) == len(members) and all(
+        isinstance(group["params"], list)
+        and len(group["params"]) == len(known)
+        and all(map(operator.is_, group["params"], known))
+        for group, known in zip(groups, members, strict=True)
+    )
+
+
+def complete_groups(groups: Sequence[dict[str, Any]], required: Iterable[str], names: Mapping[Tensor, str]) -> None:
+    """Bring groups (modified in place) that somebody has edited into torch's form.
+
+    Args:
+        groups: param groups.
+        required: keys that each must have.
+        names: of parameters that were there before; where a group has names, and not as many as parameters.
+
+    Raises:
+        ValueError: a group has no parameters, or lacks an option.
+        TypeError: something in a group is no tensor.
+    """
+    for index, group in enumerate(groups):
+        if missing := {"params", *required} - group.keys():
+            raise ValueError(
+                f"param group {index} has no {sorted(missing)}: add it by add_param_group(), which fills in what is "
+                "left away, or give it all options"
+            )
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        elif isinstance(group["params"], (set, frozenset)):
+            raise TypeError(f"the parameters of group {index} are a set, which has no order: expected a list")
+        elif not isinstance(group["params"], list):
+            group["params"] = list(group["params"])
+        if others := {type(param).__name__ for param in group["params"] if not isinstance(param, Tensor)}:
+            raise TypeError(f"param group {index} has {sorted(others)} among its parameters: expected tensors")
+        if "param_names" in group and len(group["param_names"]) != len(group["params"]):
+            pairs = zip(group["params"], number(group, index), strict=True)
+            group["param_names"] = [names.get(param, name) for param, name in pairs]
+
+
+def _takes_part(name: str, param: Tensor, group: Mapping[str, Any], fused: bool) -> bool:
     """Whether a parameter can ever have a gradient that RAdam takes; those that cannot are left alone, as by RAdam."""
     if is_traceable_wrapper_subclass(param):
         raise ValueError(
@@ -76,15 +130,14 @@ class Draft:
     """What a rank is about to build, as far as it gets alone.
 
     Attributes:
-        groups, first_group: param groups that are new, and the number of the first.
+        groups: all param groups, and in the end those parameters that are in none, but have state.
         params: those of their parameters that take part.
         plan: their layout.
         options: arguments that must be equal on all ranks, by their names; JSON values.
         buffers: of the model, that are to be broadcast.
     """
 
-    groups: Sequence[dict[str, Any]]
-    first_group: int
+    groups: Sequence[Mapping[str, Any]]
     params: list[Tensor]
     plan: ShardPlan
     options: dict[str, Any]
@@ -94,7 +147,7 @@ class Draft:
         """What must be equal on all ranks of each group, parameter and buffer: its name, and all else in words."""
         groups = [
             (f"param group {index}", f"with {', '.join(f'{flag}={group.get(flag)}' for flag in FLAGS)}")
-            for index, group in enumerate(self.groups, self.first_group)
+            for index, group in enumerate(self.groups)
         ]
         params = [
             (

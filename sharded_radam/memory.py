@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -30,14 +30,17 @@ def dim_order(tensor: Tensor) -> tuple[int, ...]:
     return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.dim()))
 
 
-def check_memory(params: Sequence[tuple[Tensor, ParamSpec]], as_views: bool) -> None:
-    """Raise ValueError if parameters share elements, within one or with each other, or cannot become views."""
+def check_memory(params: Iterable[tuple[Tensor, ParamSpec]], as_views: bool, known: Container[Tensor]) -> None:
+    """Raise ValueError if parameters share elements, within one or with each other.
+
+    Or, if they are to become views, and are not known from before, cannot.
+    """
     extents = []
     for param, spec in params:
         if is_dense(param):
             if param.numel() and param.data_ptr():
                 extents.append((param.data_ptr(), param.data_ptr() + param.nbytes, spec.name))
-        elif as_views:
+        elif as_views and param not in known:
             raise ValueError(
                 f"parameter '{spec.name}' with shape {tuple(param.shape)} and strides {param.stride()} does not fill "
                 "its memory densely, so it cannot become a view of a bucket: make it .contiguous(), or pass "

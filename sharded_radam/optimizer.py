@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from sharded_radam.compat import check_graph_capture
 from sharded_radam.flat import Flat
 from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
-from sharded_radam.layout import Draft, agree, broadcast_, describe
+from sharded_radam.layout import Draft, agree, broadcast_, complete_groups, describe, has_members
 from sharded_radam.meeting import Meeting
 from sharded_radam.memory import check_device, check_memory, dim_order, flat_gradient, flatten, unflatten
 from sharded_radam.overlap import Arrivals
@@ -165,6 +165,8 @@ class ShardedRAdam(RAdam, Joinable):
         self._options = Options(fused, bucket_cap_mb, as_views, shard_gradients, check_gradients, check_replicas)
         self._broadcasts = shard_gradients or share_parameters
         self._flats: list[Flat] = []
+        self._parked: list[Flat] = []
+        self._members: list[list[Tensor]] = []
         self._gradients: ShardedGradients | None = None
         self._arrivals: Arrivals | None = None
         self._consolidated: dict[Tensor, Any] | None = None
@@ -207,7 +209,7 @@ class ShardedRAdam(RAdam, Joinable):
                 "share_parameters": bool(share_parameters),
                 "module": None if module is None else "a model",
             }
-            draft = self._draft(0, meeting.world_size, options, () if module is None else module.named_buffers())
+            draft = self._draft(meeting.world_size, options, () if module is None else module.named_buffers())
             choice = choose(process_group, self._device(), transport, share_parameters)
             return draft
 
@@ -235,75 +237,152 @@ class ShardedRAdam(RAdam, Joinable):
         if self._transport is None:  # the constructor of the base class is adding the first groups
             super().add_param_group(param_group)
             return
+        self._follow_groups()
         before = len(self.param_groups)
-
-        def make() -> Draft:
-            super(ShardedRAdam, self).add_param_group(param_group)
-            return self._draft(before, self._network.world_size)
-
-        what = f"add_param_group() {self._when()}"
         try:
-            draft = agree(self._network.meeting, what, make)
-            with self._network.together(what):
-                self._adopt(draft)
+            self._lay_out(
+                f"add_param_group() {self._when()}", lambda: super(ShardedRAdam, self).add_param_group(param_group)
+            )
         except BaseException:
             del self.param_groups[before:]
             raise
+
+    def _follow_groups(self) -> None:
+        """Collective if somebody has edited which parameters are in ``param_groups``: lay out those."""
+        if not has_members(self.param_groups, self._members):
+            self._lay_out(f"following what was edited in param_groups {self._when()}", lambda: None)
+
+    def _lay_out(self, what: str, change: Callable[[], None]) -> None:
+        """Collective: lay out the groups anew after a change, which all ranks have made."""
+
+        def make() -> Draft:
+            change()
+            complete_groups(self.param_groups, self.defaults, self._names())
+            return self._draft(self._network.world_size)
+
+        draft = agree(self._network.meeting, what, make)
+        with self._network.together(what):
+            self._adopt(draft)
         self._consolidated = None
+
+    def _names(self) -> dict[Tensor, str]:
+        return {
+            p: spec.name for flat in self._flats + self._parked for p, spec in zip(flat.params, flat.specs, strict=True)
+        }
+
+    def _groupless(self) -> list[dict[str, Any]]:
+        """A group of the parameters that are in none any more, and have state: as RAdam's, they find it again."""
+        there = {param for group in self.param_groups for param in group["params"]}
+        laid_out = [param for flat in self._parked + self._flats for param in flat.params]
+        found = [param for param in laid_out if param not in there and param in self.state]
+        names = self._names()
+        return [{**self.defaults, "params": found, "param_names": [names[p] for p in found]}] if found else []
 
     @torch.no_grad()
     def _draft(
         self,
-        first_group: int,
         world_size: int,
         options: dict[str, Any] | None = None,
         buffers: Iterable[tuple[str, Tensor]] = (),
     ) -> Draft:
-        """Lay out the parameters of the last groups; all that can be wrong with them is raised here."""
-        groups = self.param_groups[first_group:]
-        params, specs = describe(groups, first_group, bool(self._options.fused))
-        everything = [pair for flat in self._flats for pair in zip(flat.params, flat.specs, strict=True)]
-        everything += zip(params, specs, strict=True)
-        check_memory(everything, self._options.as_views)
+        """Lay out the parameters of all groups; all that can be wrong with them is raised here."""
+        groups = self.param_groups + self._groupless()
+        params, specs = describe(groups, 0, bool(self._options.fused))
+        check_memory(zip(params, specs, strict=True), self._options.as_views, self._names())
         if world_size > 1:
-            check_device([param for param, _ in everything])
+            check_device(params)
         if self.shards_gradients:
             check_not_wrapped(params)
         plan = make_plan(specs, world_size, self._options.bucket_cap_mb)
-        return Draft(groups, first_group, params, plan, options or {}, tuple(buffers))
+        return Draft(groups, params, plan, options or {}, tuple(buffers))
 
     @torch.no_grad()
     def _adopt(self, draft: Draft) -> None:
-        """Collective: make the state of parameters that all ranks have agreed on."""
-        plan = draft.plan
+        """Collective: lay out parameters as all ranks have agreed; state and gradients move along with them."""
         self._wait_for_parameters()
+        old, known = self._flats + self._parked, self._names()
+        staying, names = set(draft.params), dict(zip(draft.params, draft.plan.params, strict=True))
+        for flat in self._flats:
+            flat.take_back(flat.check(staying.__contains__, staying))
+        for flat in old:
+            self._take_back_state(flat, self._foreign_state(flat, staying))
+        fresh = [param for param in draft.params if param not in known]
+        entries = {param: self._entry_of(param, names[param].name) for param in fresh if self.state.get(param)}
         if self._gradients is not None:
             self._gradients.finish()
         if self._broadcasts:
-            broadcast_(draft.params, self._network)
-        buffers = self._network.buffers([(flat.numel, plan.params[flat.slots[0].param].dtype) for flat in plan.flats])
-        self._build(plan, draft.params, buffers)
+            broadcast_(fresh, self._network)
+        flats = self._make_flats(draft.plan, draft.params, old, self._network.buffers)
+        self._move_state(old, flats, entries)
+        self._settle(flats)
         if self._gradients is not None:
             self._gradients.make_reducer()
 
-    def _build(self, plan: ShardPlan, params: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> None:
-        """Make the flats of a plan, in the memory given or in new memory; not collective."""
-        first = len(self._flats)
-        for flat_plan, buffer in zip(plan.flats, buffers, strict=True):
-            members = [params[slot.param] for slot in flat_plan.slots]
-            with (
-                torch.inference_mode(members[0].is_inference()),
-                torch.no_grad(),
-            ):  # wherever it is built, it takes steps
-                flat = Flat(flat_plan, plan.params, members, self._network.rank, self._options.as_views, buffer)
-            self._flats.append(flat)
-            for param, views in zip(members, flat.local_state, strict=True):
-                self.state[param] = dict(views)
-            self._set_counts(flat, [0.0] * len(members))
+    def _entry_of(self, param: Tensor, name: str) -> states.Entry:
+        """What somebody has put into the state for a new parameter."""
+        own = self.state[param]
+        return states.read_entry(name, param, param.shape, (), own if "step" in own else None)
+
+    def _settle(self, flats: list[Flat]) -> None:
+        """Work with these flats from now on."""
+        gone, number = [flat for flat in self._flats + self._parked if flat not in flats], len(self.param_groups)
+        self._flats = [flat for flat in flats if flat.specs[0].group < number]
+        self._parked = [flat for flat in flats if flat.specs[0].group == number]
+        self._members = [[*group["params"]] for group in self.param_groups]
         if self._gradients is not None:
-            self._gradients.extend(self._flats[first:])
+            self._gradients.lay_out(self._flats)
         elif self.shards_gradients:
             self._gradients = ShardedGradients(self._flats, self._network, self._options.check_gradients)
+        for flat in gone:
+            flat.release()
+        self._network.keep([flat.buffer for flat in flats])
+
+    def _make_flats(
+        self,
+        plan: ShardPlan,
+        params: Sequence[Tensor],
+        old: Sequence[Flat],
+        allocate: Callable[[Sequence[tuple[int, torch.dtype]]], Sequence[Tensor | None]],
+    ) -> list[Flat]:
+        """The flats of a plan: those that there are already, or new ones in the memory that ``allocate`` returns."""
+        found: list[Flat | None] = []
+        by_members = {tuple(map(id, flat.params)): flat for flat in old}
+        for flat_plan in plan.flats:
+            flat = by_members.get(tuple(id(params[slot.param]) for slot in flat_plan.slots))
+            found.append(flat if flat is not None and flat.is_laid_out_as(flat_plan, plan.params) else None)
+        missing = [flat_plan for flat_plan, flat in zip(plan.flats, found, strict=True) if flat is None]
+        sizes = [(flat_plan.numel, plan.params[flat_plan.slots[0].param].dtype) for flat_plan in missing]
+        buffers = iter(allocate(sizes) if sizes else ())
+        elsewhere = {flat.params[slot] for flat in old if flat.as_views for slot in flat.copied}
+        made = []
+        for flat_plan, flat in zip(plan.flats, found, strict=True):
+            specs = [plan.params[slot.param] for slot in flat_plan.slots]
+            if flat is None:
+                members = [params[slot.param] for slot in flat_plan.slots]
+                # Wherever it is built, it takes steps.
+                with torch.inference_mode(members[0].is_inference()), torch.no_grad():
+                    rank, as_views = self._network.rank, self._options.as_views
+                    flat = Flat(flat_plan, plan.params, members, rank, as_views, next(buffers), elsewhere)
+                flat.take_notes(old)
+            flat.specs = specs
+            made.append(flat)
+        return made
+
+    def _move_state(self, old: Sequence[Flat], flats: Sequence[Flat], entries: Mapping[Tensor, states.Entry]) -> None:
+        """Collective: fill the state of new flats, from old ones, and from what users have put there."""
+        new, gone = [flat for flat in flats if flat not in old], [flat for flat in old if flat not in flats]
+        targets = {param: (flat, slot, flat.state) for flat in new for slot, param in enumerate(flat.params)}
+        states.move([(flat, flat.state) for flat in gone], targets, self._network)
+        counts = {
+            param: float(step) for flat in gone for param, step in zip(flat.params, flat.counters.views, strict=True)
+        }
+        for flat in new:
+            for slot, (param, views) in enumerate(zip(flat.params, flat.local_state, strict=True)):
+                if (entry := entries.get(param)) is not None:
+                    flat.set_state(slot, entry.tensors)
+                    counts[param] = entry.step
+                self.state[param].update(views)
+            self._set_counts(flat, [counts.get(param, 0.0) for param in flat.params])
 
     @torch.no_grad()
     def broadcast_buffers(self, module: nn.Module) -> None:
@@ -338,7 +417,10 @@ class ShardedRAdam(RAdam, Joinable):
         return f"after {self._steps} steps"
 
     def _group(self, flat: Flat) -> dict[str, Any]:
-        return self.param_groups[flat.specs[0].group]
+        return [*self.param_groups, self.defaults][flat.specs[0].group]
+
+    def _has(self, param: Tensor) -> bool:
+        return any(each is param for group in self.param_groups for each in group["params"])
 
     def _counter_device(self, flat: Flat) -> torch.device:
         return flat.buffer.device if self._group(flat)["capturable"] else torch.device("cpu")
@@ -420,7 +502,8 @@ class ShardedRAdam(RAdam, Joinable):
     def _prepare(self) -> list[list[Cohort]]:
         """All that can fail, then count the steps of the parameters that have a gradient."""
         self._wait_for_parameters()
-        elsewhere = [flat.check() for flat in self._flats]
+        self._follow_groups()
+        elsewhere = [flat.check(self._has) for flat in self._flats]
         foreign = [self._foreign_state(flat) for flat in self._flats]
         if self._gradients is None:
             present = [[param.grad is not None for param in flat.params] for flat in self._flats]
@@ -518,8 +601,12 @@ class ShardedRAdam(RAdam, Joinable):
                 moments = {name: state[name].detach() for name in ("exp_avg", "exp_avg_sq")}
                 flat.set_local_state(slot, moments)
 
-    def _foreign_state(self, flat: Flat) -> list[tuple[int, states.Entry]]:
+    def _foreign_state(self, flat: Flat, among: Set[Tensor] | None = None) -> list[tuple[int, states.Entry]]:
         """What somebody put into ``optimizer.state``, by slot; None in an entry for what is missing.
+
+        Args:
+            flat: whose parameters.
+            among: look at these parameters only.
 
         Raises:
             ValueError: it is not of this rank's part of the parameter.
@@ -527,6 +614,8 @@ class ShardedRAdam(RAdam, Joinable):
         found = []
         for slot in flat.slots_of_others(self.state, not self.defaults["differentiable"]):
             param, own = flat.params[slot], flat.local_state[slot]["exp_avg"].shape
+            if among is not None and param not in among:
+                continue
             saved = self.state[param] if "step" in self.state[param] else None
             is_whole = saved is not None and getattr(saved.get("exp_avg"), "shape", None) == param.shape
             shape = param.shape if is_whole else own
@@ -537,9 +626,11 @@ class ShardedRAdam(RAdam, Joinable):
         """Follow what somebody did to ``optimizer.state``: tensors put there are copied, missing ones start anew."""
         found = dict(self._foreign_state(flat) if foreign is None else foreign)
         for slot, entry in found.items():
-            if not self.defaults["differentiable"]:
-                flat.take_back_state(slot, entry.tensors)
-            self.state[flat.params[slot]].update(flat.local_state[slot])
+            own = self.state[flat.params[slot]]
+            if self.defaults["differentiable"] and entry.tensors is not None:
+                continue  # they are part of a graph
+            flat.take_back_state(slot, entry.tensors)
+            own.update(flat.local_state[slot])
         if found or flat.counters.device != self._counter_device(flat):
             counts = flat.counters.views
             self._set_counts(flat, [found[at].step if at in found else float(count) for at, count in enumerate(counts)])
@@ -547,7 +638,8 @@ class ShardedRAdam(RAdam, Joinable):
     def _set_counts(self, flat: Flat, counts: Sequence[float]) -> None:
         flat.counters = Counters(counts, self._counter_device(flat))
         for param, step in zip(flat.params, flat.counters.views, strict=True):
-            self.state[param]["step"] = step
+            if param in self.state:
+                self.state[param]["step"] = step
 
     # Gradients
 
@@ -741,11 +833,12 @@ class ShardedRAdam(RAdam, Joinable):
     @torch.no_grad()
     def _gather(self, what: str, to: int | None, device: torch.device | None) -> dict[Tensor, Any]:
         """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are."""
+        self._follow_groups()
         own = self._network.meeting.attempt(what, lambda: self._prepare_to_gather(to))
         found: dict[Tensor, Any] = {}
         with self._network.together(what):
             for flat in self._flats:
-                gathered = states.gather_flat(flat, self._network, to, device or flat.buffer.device)
+                gathered = states.gather_flat(flat, flat.state, self._network, to, device or flat.buffer.device)
                 for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
                     step = states.export_step(self.state[param]["step"])
                     found[param] = {"step": step.to(device or step.device), **tensors}
@@ -803,6 +896,7 @@ class ShardedRAdam(RAdam, Joinable):
         state, as RAdam's. With several, moments are :class:`~sharded_radam.ranges.RangeTensor` with this rank's
         elements: live views, which ``load_state_dict`` takes back, and which refuse to be pickled.
         """
+        self._follow_groups()
         return self._with_hooks(lambda: self._as_dict(self._local_state()))
 
     def _as_dict(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
@@ -862,6 +956,7 @@ class ShardedRAdam(RAdam, Joinable):
                 is changed then.
             RuntimeError: a rank did not come within the process group's time-out, or does something else.
         """
+        self._follow_groups()
         what = f"load_state_dict() {self._when()}"
         groups, entries, others = self._network.meeting.attempt(what, lambda: self._read_state_dict(state_dict))
         self._load(groups, entries)
@@ -909,6 +1004,8 @@ class ShardedRAdam(RAdam, Joinable):
         """
         from_masters = 0
         self._wait_for_parameters()
+        for param in (param for flat in self._parked for param in flat.params):
+            self.state.pop(param, None)
         self.param_groups = groups
         self._consolidated = None
         for flat, flat_entries in zip(self._flats, entries, strict=True):
@@ -952,12 +1049,14 @@ class ShardedRAdam(RAdam, Joinable):
         """
         self._check_target(to)
         self._wait_for_parameters()
+        self._follow_groups()
         masters: dict[Tensor, Tensor] = {}
         for flat in (flat for flat in self._flats if flat.is_half):
             self._take_back_state(flat)
-            flat.take_back(flat.check())
+            flat.take_back(flat.check(self._has))
             flat.follow()
-            gathered = states.gather_flat(flat, self._network, to, torch.device("cpu"), ("master",))
+            masters_here = {"master": flat.state["master"]}
+            gathered = states.gather_flat(flat, masters_here, self._network, to, torch.device("cpu"))
             masters |= {p: t["master"] for p, t in zip(flat.params, gathered or [], strict=gathered is not None)}
         return states.full_precision(model, masters) if self._network.rank == to else None
 
@@ -1016,6 +1115,7 @@ class ShardedRAdam(RAdam, Joinable):
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""
         self._wait_for_parameters()
+        self._follow_groups()
         with torch.no_grad():
             for flat in self._flats:
                 self._take_back_state(flat)
@@ -1038,13 +1138,14 @@ class ShardedRAdam(RAdam, Joinable):
         return self._content()
 
     def _content(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}
+        return {**super().__getstate__(), "_options": self._options, "_groupless": self._groupless()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._restore(state, self.__dict__.get("_transport") or Alone(torch.device("cpu")))
+        self._restore(dict(state), self.__dict__.get("_transport") or Alone(torch.device("cpu")))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRAdam:
         self._wait_for_parameters()
+        self._follow_groups()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new._restore(deepcopy(self._content(), memo), self._network.copy())
@@ -1054,6 +1155,7 @@ class ShardedRAdam(RAdam, Joinable):
     def _restore(self, content: dict[str, Any], transport: Transport) -> None:
         """Become a copy: its parameters and state are other tensors, which are laid out anew, without collectives."""
         Joinable.__init__(self)
+        groupless = content.pop("_groupless", [])
         super().__setstate__(content)  # type: ignore[no-untyped-call]
         self._consolidated = None
         self._joined = False
@@ -1063,12 +1165,16 @@ class ShardedRAdam(RAdam, Joinable):
         self._gradients = None
         self._arrivals = None
         self._broadcasts = False
-        state = dict(self.state)
-        params, specs = describe(self.param_groups, 0, bool(self._options.fused))
+        self._parked = []
+        state = {key: dict(own) if isinstance(own, dict) else own for key, own in self.state.items()}
+        groups = self.param_groups + groupless
+        params, specs = describe(groups, 0, bool(self._options.fused))
         plan = make_plan(specs, transport.world_size, self._options.bucket_cap_mb)
-        self._build(plan, params, [None] * len(plan.flats))
+        flats = self._make_flats(plan, params, (), lambda sizes: [None] * len(sizes))
+        self._move_state((), flats, {})
+        self._settle(flats)
         self.state.update(state)
-        for flat in self._flats:
+        for flat in flats:
             self._take_back_state(flat)
 
     # Join

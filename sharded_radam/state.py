@@ -117,7 +117,7 @@ def export_step(step: Tensor) -> Tensor:
 
 
 def gather_flat(
-    flat: Flat, transport: Transport, to: int | None, device: torch.device, kinds: Sequence[str] = KINDS
+    flat: Flat, state: Mapping[str, Tensor], transport: Transport, to: int | None, device: torch.device
 ) -> list[dict[str, Tensor]] | None:
     """Collective: the whole state of a flat's slots, shaped as the parameters.
 
@@ -125,15 +125,14 @@ def gather_flat(
 
     Args:
         flat: whose state.
+        state: what of it, or other tensors of its layout and dtype.
         transport: of its ranks.
         to: the rank that gets it, the others get None; all if it is None.
         device: of the result.
-        kinds: what of the state.
     """
-    state = {name: local for name, local in flat.state.items() if name in kinds}
     if to is not None and transport.rank != to:
         for name, bucket in _name_and_bucket(flat, state):
-            transport.gather(flat.shard_state(name, bucket), None, to)
+            transport.gather(flat.shard_of(state[name], bucket), None, to)
         return None
     found = [
         {name: torch.empty(slot.numel, dtype=local.dtype, device=device) for name, local in state.items()}
@@ -145,7 +144,7 @@ def gather_flat(
     )
     for name, bucket in _name_and_bucket(flat, state):
         start, stop = flat.plan.bucket_range(bucket)
-        shard, whole = flat.shard_state(name, bucket), staging[: stop - start]
+        shard, whole = flat.shard_of(state[name], bucket), staging[: stop - start]
         if to is None:
             transport.gather_to_all(shard, whole)
         else:
@@ -158,6 +157,29 @@ def gather_flat(
         {name: unflatten(tensor, spec.shape, spec.dim_order) for name, tensor in tensors.items()}
         for spec, tensors in zip(flat.specs, found, strict=True)
     ]
+
+
+def move(
+    sources: Iterable[tuple[Flat, Mapping[str, Tensor]]],
+    targets: Mapping[Tensor, tuple[Flat, int, Mapping[str, Tensor]]],
+    transport: Transport,
+) -> None:
+    """Collective: copy state, or gradients, from one layout into another; one kind of one flat at a time is whole.
+
+    Args:
+        sources: flats, and what they have; all ranks give the same.
+        targets: for each parameter that moves: its flat, its slot, and where to copy to (modified in place).
+        transport: of the ranks.
+    """
+    for flat, state in sources:
+        if targets.keys().isdisjoint(flat.params):
+            continue
+        for name in state:
+            wholes = gather_flat(flat, {name: state[name]}, transport, None, flat.buffer.device)
+            for param, whole in zip(flat.params, wholes or [], strict=True):
+                new, slot, into = targets.get(param, (flat, 0, {}))
+                if name in into:
+                    new.copy_own(slot, whole[name], into[name])
 
 
 def _name_and_bucket(flat: Flat, names: Iterable[str]) -> Iterator[tuple[str, int]]:

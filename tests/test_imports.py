@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "schedule": {"plan"},
     "grad_shard": {"memory", "plan"},
-    "gradients": {"memory", "flat", "grad_shard", "schedule", "transport"},
+    "gradients": {"memory", "flat", "grad_shard", "schedule", "state", "transport"},
     "overlap": {"flat", "transport"},
     "overview": {"flat", "gradients", "plan", "transport"},
     "ranges": {"", "callers", "memory"},

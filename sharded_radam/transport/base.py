@@ -136,6 +136,9 @@ class Transport(ABC):
         """Collective: 1-D memory that suits this transport for flats of these sizes in elements, None if any does."""
         return [None] * len(sizes)
 
+    def keep(self, buffers: Sequence[Tensor]) -> None:  # noqa: B027  (memory of its own is Python's to free)
+        """Let go of all other memory that ``buffers`` returned."""
+
     def begin_update(self) -> None:  # noqa: B027  (nothing to wait for where shards travel as messages)
         """Return when this rank may write its shards."""
 

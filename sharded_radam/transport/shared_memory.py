@@ -82,6 +82,12 @@ class SharedMemoryTransport(GlooTransport):
         pairs = zip(ends, sizes, strict=True)
         return [memory[self.rank][end - n * dtype.itemsize : end].view(dtype) for end, (n, dtype) in pairs]
 
+    def keep(self, buffers: Sequence[Tensor]) -> None:
+        used = {buffer.data_ptr() for buffer in buffers}
+        self._flats = [
+            m for m in self._flats if any(0 <= at - m[self.rank].data_ptr() < m[self.rank].nbytes for at in used)
+        ]
+
     def map(self, num_bytes: int, owner: int | None = None) -> list[Tensor]:
         """Collective: zeroed memory of each rank, mapped by all, as bytes; with an owner, its memory for all ranks.
 
