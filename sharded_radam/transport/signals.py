@@ -50,15 +50,20 @@ class Signals(Connections):
             connection.settimeout(timeout)
 
     def send(self, mark: int) -> int:
-        """Tell all others; returns the number of this mark, for ``wait``."""
+        """Tell all others; returns the number of this mark, for ``wait``.
+
+        One who is gone need not hear it. Whether it has left a mark behind that is waited for, ``wait`` finds.
+        """
         self.sent += 1
         self._marks[self.sent] = mark
         lost: list[LostError] = []
         for rank, connection in self._connections.items():
             try:
                 connection.sendall(bytes([mark]))
-            except OSError as error:  # the others are told all the same
+            except TimeoutError as error:  # the others are told all the same
                 lost.append(self._lost(rank, error))
+            except OSError:
+                pass
         if lost:
             raise lost[0]
         return self.sent

@@ -1,0 +1,100 @@
+"""Ranks that drop the optimizer, or end, after a backward pass that no step follows: nobody is kept from going on."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sharded_radam import ShardedRAdam
+from tests.ranks import WORLD_SIZES, run
+
+TRANSPORTS = ("shared_memory", "gloo", "native")
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 30), nn.Linear(30, 3))
+
+
+def build(model: nn.Module, transport: str | None, bucket_cap_mb: float) -> ShardedRAdam:
+    return ShardedRAdam(model.parameters(), shard_gradients=True, transport=transport, bucket_cap_mb=bucket_cap_mb)
+
+
+def backward(model: nn.Module, rank: int) -> None:
+    model(torch.full((4, 100), 0.1 * (rank + 1))).square().sum().backward()
+
+
+def expected(world_size: int) -> list[torch.Tensor]:
+    """Two steps of one RAdam, then one of another."""
+    model = net()
+    for num_steps in (2, 1):
+        optimizer = torch.optim.RAdam(model.parameters(), foreach=False)
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            for rank in range(world_size):
+                backward(model, rank)
+            for param in model.parameters():
+                assert param.grad is not None
+                param.grad /= world_size
+            optimizer.step()
+    return [param.detach() for param in model.parameters()]
+
+
+def check_leaving(rank: int, world_size: int, transport: str | None, late: int) -> None:
+    """All begin a pass, one rank later than the others; each drops its optimizer as soon as its pass is over."""
+    model = net()
+    optimizer = build(model, transport, 0.005)
+    for _ in range(2):
+        backward(model, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.barrier()
+    time.sleep(0.5 * (rank == late))
+    backward(model, rank)
+    del optimizer
+    gc.collect()
+    optimizer = build(model, transport, 0.005)  # the gradients of that pass are nobody's
+    backward(model, rank)
+    optimizer.step()
+    for ours, theirs in zip(model.parameters(), expected(world_size), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_pass_that_no_step_follows(world_size: int, transport: str) -> None:
+    for late in {0, world_size - 1}:
+        run(check_leaving, world_size, transport if world_size > 1 else None, late)
+
+
+def check_alone(rank: int, world_size: int, transport: str, who: int) -> None:
+    """One rank has a batch more than the others, whose pass begins nothing that waits."""
+    model = net()
+    optimizer = build(model, transport, 25.0)
+    for _ in range(2):
+        backward(model, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+    if rank == who:
+        backward(model, rank)
+    del optimizer
+    gc.collect()
+    dist.barrier()
+    optimizer = build(model, transport, 25.0)
+    optimizer.zero_grad()
+    backward(model, rank)
+    optimizer.step()
+    for ours, theirs in zip(model.parameters(), expected(world_size), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs)
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_pass_of_one_rank_alone(world_size: int, transport: str) -> None:
+    for who in (0, world_size - 1):
+        run(check_alone, world_size, transport, who)
