@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -104,6 +105,16 @@ def complete_groups(groups: Sequence[dict[str, Any]], required: Iterable[str], n
 
 def _takes_part(name: str, param: Tensor, group: Mapping[str, Any], fused: bool) -> bool:
     """Whether a parameter can ever have a gradient that RAdam takes; those that cannot are left alone, as by RAdam."""
+    if is_lazy(param):
+        raise ValueError(
+            f"parameter '{name}' has no shape yet: it is of a lazy module, which gets its parameters in its first "
+            "forward pass. Run one, on every rank, and then build the optimizer"
+        )
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"parameter '{name}' is FullyShardedDataParallel's, which has other elements of it on each rank: "
+            "ShardedRAdam is for replicated parameters; use torch.optim.RAdam with FSDP, which shards the state, too"
+        )
     if is_traceable_wrapper_subclass(param):
         raise ValueError(
             f"parameter '{name}' is a {type(param).__name__}: ShardedRAdam shards the state of plain, replicated "

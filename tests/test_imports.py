@@ -49,7 +49,7 @@ ALLOWED = {
     "values": set(),
     "differentiable": {"memory", "flat", "radam", "transport"},
     "join": {"memory", "transport"},
-    "checkpoint.peers": {"board", "compat", "liveness"},
+    "checkpoint.peers": {"board", "compat", "liveness", "meeting"},
     "checkpoint.calls": {"board", "checkpoint.peers", "liveness"},
     "checkpoint.agreement": {"board", "checkpoint.calls", "checkpoint.peers", "liveness"},
     "checkpoint.directory": set(),

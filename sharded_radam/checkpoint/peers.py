@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from sharded_radam.board import Board
 from sharded_radam.compat import own_connection
 from sharded_radam.liveness import Acquaintance
+from sharded_radam.meeting import own_group
 
 
 @dataclass(slots=True)
@@ -35,10 +37,22 @@ _lines: weakref.WeakKeyDictionary[Any, dict[str, Line]] = weakref.WeakKeyDiction
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
-    """The ranks of a group, None for the default one, among all processes."""
-    if not dist.is_available() or not dist.is_initialized():
+    """The ranks of a group, None for the default one, among all processes.
+
+    Raises:
+        RuntimeError: the group has been destroyed, and there were several ranks in it.
+    """
+    if not dist.is_available():
         return [0]
-    return dist.get_process_group_ranks(group or dist.group.WORLD)
+    if dist.is_initialized():
+        with suppress(KeyError):  # of a group that was destroyed, perhaps before another one was made
+            return dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else own_group(group))
+    if group is None or group.size() == 1:
+        return [0]
+    raise RuntimeError(
+        f"the process group has been destroyed, of whose {group.size()} ranks each holds its part of the state: save "
+        "before destroy_process_group(); with a new process group, build the optimizer and the manager anew"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +69,7 @@ class Peers:
         ranks = ranks_of(group)
         if len(ranks) == 1:
             return Peers(0, 1, None)
-        rank, name = dist.get_rank(group), hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        rank, name = ranks.index(dist.get_rank()), hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         default = dist.distributed_c10d._get_default_store()
         lines = _lines.setdefault(default, {})
         if name not in lines:
