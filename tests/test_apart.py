@@ -394,7 +394,7 @@ def test_a_rank_that_is_killed(tmp_path: Path, world_size: int, transport: str, 
             process.join()
     assert ranks[-1].exitcode == -signal.SIGKILL
     texts = [(tmp_path / f"told{rank}").read_text().split(" ", 2) for rank in range(world_size - 1)]
-    assert all(float(seconds) < 8 for seconds, _, _ in texts), texts
+    assert all(float(seconds) < 18 for seconds, _, _ in texts), texts
     assert len({text for _, _, text in texts}) == 1, texts
     what = "building ShardedRAdam" if place == "building" else "consolidate_state_dict(to="
     assert texts[0][2].startswith(what), texts

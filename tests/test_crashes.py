@@ -196,7 +196,6 @@ def check_failures(rank: int, world_size: int, folder: str) -> None:
         dist.barrier()
         with same_error(rank, optimizer, f"rank 0 is loading /.*/good, rank {last} is loading /.*/other; all ranks"):
             optimizer.load(place / ("good" if rank < last else "other"), timeout=5)
-        begin = time.monotonic()
         if rank < last:
             for call in (
                 lambda: optimizer.save(place / "c", timeout=1.5),
@@ -205,7 +204,6 @@ def check_failures(rank: int, world_size: int, folder: str) -> None:
                 with pytest.raises(CheckpointError, match=f"rank {last} did not come within 1.5 s"):
                     call()
             assert not (place / "c").exists()
-        assert time.monotonic() - begin < 10
         dist.barrier()
     # A rank that fails to write, in each way; the next save works.
     for number, failing in enumerate((OSError(28, "No space left on device"), RuntimeError("out of paper"))):

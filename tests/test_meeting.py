@@ -91,7 +91,7 @@ def test_problems_are_raised_everywhere_and_the_next_operation_works(world_size:
 @pytest.mark.quick
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_different_operations_are_seen_at_once(world_size: int) -> None:
-    ranks = meetings(world_size)
+    ranks = meetings(world_size, timeout=50.0)
     begin = time.monotonic()
 
     def call(meeting: Meeting) -> Any:
@@ -102,7 +102,7 @@ def test_different_operations_are_seen_at_once(world_size: int) -> None:
     kind, text = raised(first + late)
     assert kind is RuntimeError
     assert "(rank 0: saving; rank 1: loading)" in text
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 40  # not by the time-out
     assert together(*(lambda m=m: m.agree("next", 1, None, sum) for m in ranks)) == [world_size] * world_size
 
 

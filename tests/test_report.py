@@ -96,7 +96,15 @@ def browse(page: Path, width: int, folder: Path) -> dict[str, Any]:
     probed = folder / f"probed_{width}.html"
     probed.write_text(page.read_text().replace("</html>", PROBE + "</html>"))
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={folder / 'profile'}"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        *quiet,
+        f"--user-data-dir={folder / 'profile'}",
+    ]
     command += [f"--window-size={width},1400", f"--screenshot={folder / f'{width}.png'}", "--dump-dom"]
     done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=100)
     found = re.search(r'data-found="(.*?)"', done.stdout)
