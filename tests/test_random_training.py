@@ -113,7 +113,7 @@ def check(rank: int, world_size: int, example: Example) -> None:
     compare(train(rank, example, True), train(rank, example, False), once and world_size <= 2, example)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @hypothesis.settings(
     max_examples=120, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True, database=None
 )
