@@ -15,6 +15,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ _LONGEST_KEY = 100
 _MOST_COLLISIONS = 100
 _MOST_SHARING = 100
 _SMALL = 2**20
+_LONGEST_KEPT, _MOST_KEPT = 1000, 500
 
 _UNTYPED = "torch.storage.UntypedStorage"
 _STORAGES = {
@@ -71,6 +73,10 @@ def decode_tensor(content: memoryview) -> Tensor:
     """
     with _refusing():
         chunk = _Chunk(content)
+        if (layout := chunk.layout()) is not None:
+            start = chunk.start(layout)
+            view = torch.frombuffer(content, dtype=layout.dtype, count=layout.numel, offset=start)
+            return view.as_strided(layout.size, layout.stride, layout.offset)
         found = _Values(chunk, own=False).make(chunk.tree, 0).value
     if not isinstance(found, Tensor):
         raise DamagedError(f"a {type(found).__name__}, expected a tensor")
@@ -79,22 +85,31 @@ def decode_tensor(content: memoryview) -> Tensor:
     return found
 
 
-def locate_tensor(content: Ends) -> tuple[Tensor, int] | None:
-    """Where the elements of a large tensor are, of whose chunk there are the ends: it without them, on the device meta.
+class Layout(NamedTuple):
+    """A dense tensor in a storage of ``numel`` elements, which has the number ``key``; and nothing else."""
+
+    key: str
+    numel: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+def locate_tensor(content: Ends) -> tuple[Layout, int] | None:
+    """Where the elements of a large tensor are, of whose chunk there are the ends.
 
     Returns:
-        The tensor, and its first element's byte. None if that is not so simple; :func:`decode_tensor` says what it is.
+        The tensor's layout, and its first element's byte. None if that is not so simple; :func:`decode_tensor` says
+        what it is.
     """
     try:
         with _refusing():
             chunk = _Chunk(content)
-            found = _Values(chunk, own=False).make(chunk.tree, 0).value
+            layout = chunk.layout()
+            return None if layout is None else (layout, chunk.start(layout) + layout.offset * layout.dtype.itemsize)
     except ValueError:
         return None
-    if chunk.is_foreign or not isinstance(found, Tensor) or found.is_conj() or found.is_neg():
-        return None
-    (record,) = (record for name, record in chunk.records.items() if name.startswith("data/"))
-    return found, record.start(content) + int(found.storage_offset()) * found.itemsize
 
 
 @contextmanager
@@ -117,28 +132,61 @@ def _check_name(name: str) -> None:
 
 
 class _Chunk:
-    """The records of a chunk, and the tree of its pickle."""
+    """The records of a chunk, and its pickle."""
 
     def __init__(self, content: memoryview | Ends) -> None:
         self.content = content
         self.records = find_records(content)
-        pickled = self._read("data.pkl")
-        self.tree = parse(pickled, _check_name, {"collections.OrderedDict": Ordered})
-        self.most_parts = 1000 + _MOST_SHARING * len(pickled)
+        self._pickled = self._read("data.pkl")
+        self.most_parts = 1000 + _MOST_SHARING * len(self._pickled)
         order = self._read("byteorder") if "byteorder" in self.records else b"little"
         self.is_foreign = order.decode() != sys.byteorder
 
-    def _read(self, name: str) -> bytes:
-        return self.records[name].read(self.content)
+    @property
+    def tree(self) -> Any:
+        return _tree(self._pickled)
+
+    def layout(self) -> Layout | None:
+        """Of a tensor that is as the bytes are; None of any other value."""
+        is_short = len(self._pickled) <= _LONGEST_KEPT
+        found = None if self.is_foreign or not is_short else _layout(self._pickled)
+        if found is not None and math.prod(found.size) * found.dtype.itemsize > len(self.content):
+            raise ValueError("more elements than are saved")
+        return found
+
+    def start(self, layout: Layout) -> int:
+        """The first byte of a storage."""
+        record = self.records[f"data/{layout.key}"]
+        if record.length != layout.numel * layout.dtype.itemsize:
+            raise ValueError("a storage of another size")
+        return record.start(self.content)
 
     def bytes_of(self, record: Record) -> Tensor:
-        """A record as a view, or without memory where there are only the ends."""
-        if isinstance(self.content, Ends):
-            return torch.empty(record.length, dtype=torch.uint8, device="meta")
+        """A record as a view."""
         if not record.length:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         start = record.start(self.content)
         return torch.frombuffer(self.content, dtype=torch.uint8, count=record.length, offset=start)
+
+    def _read(self, name: str) -> bytes:
+        return self.records[name].read(self.content)
+
+
+def _tree(pickled: bytes) -> Any:
+    return parse(pickled, _check_name, {"collections.OrderedDict": Ordered})
+
+
+@lru_cache(_MOST_KEPT)
+def _layout(pickled: bytes) -> Layout | None:
+    """Of most chunks the pickle is one that was there before: it says a shape, and nothing of the values."""
+    tree = _tree(pickled)
+    if type(tree) is not Instance or tree.name not in (_TENSOR, _TENSOR_OF_DTYPE) or tree.state is not None:
+        return None
+    storage, *args = (_dtype(arg) if type(arg) is Name else arg for arg in tree.args)
+    if any(type(arg) is Pairs for arg in args):  # what it is a view by
+        return None
+    layout, requires_grad, _ = _described(tree.name, storage, *args)
+    return None if requires_grad or not layout.numel else layout
 
 
 class _Made(NamedTuple):
@@ -215,8 +263,7 @@ class _Values:
             raise TypeError(f"a state for {found.name}")
         if found.name in (_TENSOR, _TENSOR_OF_DTYPE):
             values, height, size = self._all(found.args[1:], depth)
-            make = self._tensor if found.name == _TENSOR else self._tensor_of_dtype
-            return _Made(make(found.args[0], *values), height, size)
+            return _Made(self._tensor(*_described(found.name, found.args[0], *values)), height, size)
         if found.name == _WITH_ATTRIBUTES:
             function, kind, args, state = found.args
             if kind != "torch.Tensor" or function not in (_TENSOR, _TENSOR_OF_DTYPE) or type(args) is not tuple:
@@ -227,53 +274,15 @@ class _Values:
         values, height, size = self._all(found.args, depth)
         return _Made(_MAKERS[found.name](*values), height, size)
 
-    def _tensor(
-        self, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, views: Any = None
-    ) -> Tensor:
-        kind, key, numel = _parts_of(storage)
-        dtype = _STORAGES[kind]
-        return self._strided(key, numel, dtype, (offset, size, stride), requires_grad, hooks, views)
-
-    def _tensor_of_dtype(
-        self,
-        storage: Any,
-        offset: Any,
-        size: Any,
-        stride: Any,
-        requires_grad: Any,
-        hooks: Any,
-        dtype: Any,
-        views: Any = None,
-    ) -> Tensor:
-        kind, key, num_bytes = _parts_of(storage)
-        if kind != _UNTYPED or not isinstance(dtype, torch.dtype):
-            raise TypeError("a tensor without a dtype")
-        numel, rest = divmod(num_bytes, dtype.itemsize)
-        if rest:
-            raise ValueError("a storage of another size")
-        return self._strided(key, numel, dtype, (offset, size, stride), requires_grad, hooks, views)
-
-    def _strided(
-        self,
-        key: str,
-        numel: int,
-        dtype: torch.dtype,
-        layout: tuple[Any, Any, Any],
-        requires_grad: Any,
-        hooks: Any,
-        views: Any,
-    ) -> Tensor:
-        offset, size, stride = layout
-        if hooks or not isinstance(views, (dict, type(None))):
-            raise TypeError("a tensor with hooks, or of another kind than dense")
-        _check_layout(offset, size, stride, numel)
-        if math.prod(size) * dtype.itemsize > max(len(self._chunk.content), _SMALL):
+    def _tensor(self, layout: Layout, requires_grad: bool, views: Mapping[str, Any]) -> Tensor:
+        if math.prod(layout.size) * layout.dtype.itemsize > max(len(self._chunk.content), _SMALL):
             raise ValueError("more elements than are saved")
-        found = self._storage(key, numel, dtype).view(dtype).as_strided(size, stride, offset)
+        storage = self._storage(layout.key, layout.numel, layout.dtype)
+        found = storage.view(layout.dtype).as_strided(layout.size, layout.stride, layout.offset)
         for view, function in {"conj": torch.conj, "neg": torch._neg_view}.items():
-            if views and views.get(view):
+            if views.get(view):
                 found = function(found)
-        return found.requires_grad_() if requires_grad is True else found
+        return found.requires_grad_() if requires_grad else found
 
     def _storage(self, key: str, numel: int, dtype: torch.dtype) -> Tensor:
         """A storage as bytes."""
@@ -291,6 +300,27 @@ class _Values:
                 found.untyped_storage().byteswap(dtype)  # type: ignore[no-untyped-call]
             self._storages[key] = found
         return self._storages[key]
+
+
+def _described(
+    name: Name, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, *others: Any
+) -> tuple[Layout, bool, Mapping[str, Any]]:
+    """What torch's functions make of their arguments: a layout, whether it requires grad, and what it is a view by."""
+    kind, key, numel = _parts_of(storage)
+    if name == _TENSOR:
+        dtype = _STORAGES[kind]
+    else:
+        dtype, *others = others  # type: ignore[assignment]
+        if kind != _UNTYPED or not isinstance(dtype, torch.dtype):
+            raise TypeError("a tensor without a dtype")
+        numel, rest = divmod(numel, dtype.itemsize)
+        if rest:
+            raise ValueError("a storage of another size")
+    (views,) = others or (None,)
+    if hooks or not isinstance(views, (dict, type(None))):
+        raise TypeError("a tensor with hooks, or of another kind than dense")
+    _check_layout(offset, size, stride, numel)
+    return Layout(key, numel, dtype, size, stride, offset), requires_grad is True, views or {}
 
 
 def _parts_of(storage: Any) -> tuple[str, str, int]:

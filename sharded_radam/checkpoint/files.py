@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sharded_radam.checkpoint.decode import decode, decode_tensor, locate_tensor
+from sharded_radam.checkpoint.decode import Layout, decode, decode_tensor, locate_tensor
 from sharded_radam.checkpoint.errors import DamagedError
 from sharded_radam.checkpoint.records import Ends
 from sharded_radam.memory import as_bytes, is_dense
@@ -126,10 +126,6 @@ class DataFile:
         """For torch.save; the file is flushed at its end."""
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.dtype, tensor.shape, tensor.stride())
-
-
 class DataFiles:
     """The files of one checkpoint, opened when they are read, and a few of them at a time; a context manager."""
 
@@ -181,7 +177,7 @@ class DataFiles:
         for _ in range(2):
             begin = min(self._begin, beside)
             found = self._read_around(extent, what, begin, as_bytes(memory))
-            if found is None or _layout(found[0]) != _layout(memory):
+            if found is None or found[0][2:5] != (memory.dtype, tuple(memory.shape), memory.stride()):
                 return False
             self._begin = found[1]
             if self._begin == begin:
@@ -189,7 +185,7 @@ class DataFiles:
                 return True
         return False
 
-    def _read_around(self, extent: Extent, what: str, begin: int, memory: memoryview) -> tuple[Tensor, int] | None:
+    def _read_around(self, extent: Extent, what: str, begin: int, memory: memoryview) -> tuple[Layout, int] | None:
         """Read all of a chunk, its bytes from ``begin`` on into memory; what its ends say of the tensor."""
         first, last = bytearray(begin), bytearray(extent.length - begin - len(memory))
         crc32 = self._read(extent, what, 0, memoryview(first), 0)

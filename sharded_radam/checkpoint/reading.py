@@ -85,7 +85,7 @@ def read(index: Index, reads: Reads) -> None:
                 continue
             chunk = files.tensor(extent, copies[0].key)
             for copy in copies:
-                _check(chunk, copy.sizes, index.tensors[copy.key].dtype, f"{index.folder / extent.file}, {copy.key}")
+                _check(chunk, copy.sizes, index.tensors[copy.key].dtype, f"{extent.file}, {copy.key}")
                 copy.memory.copy_(chunk[copy.source])
 
 
