@@ -7,6 +7,7 @@ of them waits first; so nobody reads a stale value.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import threading
 from collections import defaultdict
@@ -22,7 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from sharded_radam.flat import Flat
 from sharded_radam.transport import Handle
 
-_waiting: dict[int, Callable[[], None]] = {}
+_AT_EXIT_S = 30.0
+"""How long a process that ends waits for a rank that does not take what is sent to it."""
+
+_waiting: dict[int, Any] = {}
 """For the id of each arriving Parameter, what waits for it and all that came with it."""
 
 
@@ -125,11 +129,24 @@ class Arrivals:
         """Return when all parameters have arrived."""
         self.wait_for(list(self._params.values()))
 
+    def end(self, seconds: float) -> None:
+        """The same for a process that ends, and for some seconds only; what fails is no matter."""
+        with self._lock:
+            for handle in (handle for some in self._handles.values() for handle in some):
+                handle.end(seconds)
+
     def _arrived(self, key: int) -> None:
         param = self._params.pop(key, None)
         _waiting.pop(key, None)
         if type(param) is ArrivingParameter:
             param.__class__ = Parameter  # type: ignore[assignment]
+
+
+@atexit.register
+def _let_arrive() -> None:
+    """A rank whose process ends right after a step has sent what the others wait for."""
+    for arrivals in {id(wait.__self__): wait.__self__ for wait in _waiting.values()}.values():
+        arrivals.end(_AT_EXIT_S)
 
 
 class _Gate:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sharded_radam import ShardedRAdam
+from tests import programs
 from tests.ranks import WORLD_SIZES, run
 
 TRANSPORTS = ("shared_memory", "gloo", "native")
@@ -98,3 +102,40 @@ def check_alone(rank: int, world_size: int, transport: str, who: int) -> None:
 def test_a_pass_of_one_rank_alone(world_size: int, transport: str) -> None:
     for who in (0, world_size - 1):
         run(check_alone, world_size, transport, who)
+
+
+LAST_STEP = """
+import os, time, torch, torch.distributed as dist
+from sharded_radam import ShardedRAdam
+
+dist.init_process_group("gloo", init_method="file://STORE", rank=int(os.environ["RANK"]), world_size=2)
+param = torch.nn.Parameter(torch.zeros(10_000_001))
+optimizer = ShardedRAdam([param], lr=1.0, transport="TRANSPORT")
+optimizer.overlap_forward(torch.nn.ParameterList([param]))
+for step in range(2):
+    param.grad = torch.ones_like(param)
+    time.sleep(2 * step * dist.get_rank())
+    optimizer.step()
+if dist.get_rank():
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -2.0))
+    print("arrived", flush=True)
+"""
+
+
+@pytest.mark.parametrize("transport", ["gloo"])
+def test_a_process_that_ends_right_after_a_step(tmp_path: Path, transport: str) -> None:
+    """The others come to that step later, and get all that it has updated."""
+    script = LAST_STEP.replace("TRANSPORT", transport).replace("STORE", str(tmp_path / "store"))
+    # Real processes: those of multiprocessing do not run what is registered for the interpreter's end.
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**programs.environment(), "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [each.communicate(timeout=100)[0] for each in ranks]
+    assert "arrived" in said[1], said

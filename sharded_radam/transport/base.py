@@ -53,6 +53,13 @@ class Handle:
                 raise
         self._work, self._tensors = None, ()
 
+    def end(self, seconds: float) -> None:
+        """Return when it is done, or has failed, or after some seconds: nobody uses the tensors any more."""
+        if self._work is not None:
+            with suppress(RuntimeError):
+                self._work.wait(timedelta(seconds=seconds))
+        self._work, self._tensors = None, ()
+
 
 class Transport(ABC):
     """Moves shards between the ranks of one process group; all ranks make the same calls in the same order.
