@@ -74,8 +74,7 @@ class Flat:
             name: zeros(plan.local_numel, state_dtype, device)
             for name in ("exp_avg", "exp_avg_sq", *(("master",) if self.is_half else ()))
         }
-        self._windows = [window(self.buffer, slot.start, slot.numel) for slot in plan.slots]
-        self._addresses = [view.data_ptr() for view in self._windows]
+        self._addresses = [self._elements(slot).data_ptr() for slot in range(len(plan.slots))]
         self.copied = {at for at, param in enumerate(self.params) if not as_views or param in elsewhere}
         self._take_in(range(len(self.params)))
         self.pieces = self._make_pieces()
@@ -168,6 +167,12 @@ class Flat:
                 elsewhere.append(slot)
         return elsewhere
 
+    def params_of_others(self) -> set[Tensor]:
+        """Parameters that are elsewhere, in memory that others have too."""
+        where = zip(self.params, self.specs, self._addresses, strict=True)
+        moved = [(param, spec) for param, spec, at in where if param.data_ptr() != at and param.numel()]
+        return {param for param, spec in moved if self.as_views and not _has_memory_of_its_own(param, spec)}
+
     def take_back(self, slots: Sequence[int]) -> None:
         """Follow parameters whose ``.data`` was assigned, or that were moved to where they are.
 
@@ -198,7 +203,7 @@ class Flat:
         for slot in self.copied:
             param, order = self.params[slot], self.specs[slot].dim_order
             # By .data: note_updated counts, as it does for views.
-            param.data.copy_(unflatten(self._windows[slot], param.shape, order))
+            param.data.copy_(unflatten(self._elements(slot), param.shape, order))
 
     def note_updated(self, slots: Iterable[int]) -> None:
         """Increment the version counters of parameters, which writing to the buffer does not.
@@ -262,9 +267,15 @@ class Flat:
             self._copy_in(own)
             torch._foreach_copy_([own.master], [own.param])
 
+    def _elements(self, slot: int) -> Tensor:
+        at = self.plan.slots[slot]
+        return self.buffer.narrow(0, at.start, at.numel)
+
     def _take_in(self, slots: Sequence[int]) -> None:
-        params = [self.params[slot] for slot in slots]
-        views = [unflatten(self._windows[slot], self.specs[slot].shape, self.specs[slot].dim_order) for slot in slots]
+        params, places = [self.params[slot] for slot in slots], [self.plan.slots[slot] for slot in slots]
+        windows = [window(self.buffer, place.start, place.numel) for place in places]
+        specs = [self.specs[slot] for slot in slots]
+        views = [unflatten(view, spec.shape, spec.dim_order) for view, spec in zip(windows, specs, strict=True)]
         torch._foreach_copy_(views, [param.detach() for param in params])
         for slot, param, view in zip(slots, params, views, strict=True):
             if slot not in self.copied and param.numel():

@@ -39,9 +39,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sharded_radam.flat import Flat
 from sharded_radam.grad_shard import GradShard
-from sharded_radam.memory import as_real, unflatten, zeros
+from sharded_radam.memory import as_real, zeros
 from sharded_radam.schedule import Launch, Progress, Slots, make_schedule
-from sharded_radam.state import move
+from sharded_radam.state import gather_slot, move
 from sharded_radam.transport import Reducer, Transport
 
 logger = logging.getLogger("sharded_radam")
@@ -502,10 +502,7 @@ class ShardedGradients:
         return self._shards[key[0]][key[1]]
 
     def _buckets_of(self, key: Slots) -> Iterator[tuple[int, int]]:
-        plan = self.flats[key[0]].plan
-        slot = plan.slots[key[1]]
-        for bucket in range(slot.start // plan.bucket_numel, -(-(slot.start + slot.numel) // plan.bucket_numel)):
-            yield key[0], bucket
+        return ((key[0], bucket) for bucket in self.flats[key[0]].plan.buckets_of(key[1]))
 
     def own(self, complex_views: bool = False) -> list[Tensor]:
         """1-D views of all pieces of the own shards whose parameter has a gradient."""
@@ -522,22 +519,11 @@ class ShardedGradients:
     def whole(self, param: Tensor) -> Tensor | None:
         """Collective: all elements of a gradient, shaped as its parameter and of its dtype; None if it has none."""
         present = self.finish()
-        index, slot = key = self._key_of(param)
+        index, slot = self._key_of(param)
         if not present[index][slot]:
             return None
-        flat, plan, at = self.flats[index], self.flats[index].plan, self.flats[index].plan.slots[slot]
-        found = self.sums[index].new_empty(flat.reals * at.numel)
-        for _, bucket in self._buckets_of(key):
-            first, stop = plan.bucket_range(bucket)
-            table = found.new_empty(flat.reals * (stop - first))
-            start, end = (flat.reals * edge for edge in plan.local_range(bucket))
-            self._transport.gather_to_all(self.sums[index][start:end], table)
-            low, high = max(first, at.start), min(stop, at.start + at.numel)
-            found[flat.reals * (low - at.start) : flat.reals * (high - at.start)] = table[
-                flat.reals * (low - first) : flat.reals * (high - first)
-            ]
-        elements = torch.view_as_complex(found.view(-1, 2)) if param.is_complex() else found
-        return unflatten(elements.to(param.dtype), flat.specs[slot].shape, flat.specs[slot].dim_order)
+        flat = self.flats[index]
+        return gather_slot(flat, slot, _elements(flat, self.sums[index]), self._transport).to(param.dtype)
 
     def _key_of(self, param: Tensor) -> Slots:
         for index, flat in enumerate(self.flats):

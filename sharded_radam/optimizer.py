@@ -353,7 +353,7 @@ class ShardedRAdam(RAdam, Joinable):
         missing = [flat_plan for flat_plan, flat in zip(plan.flats, found, strict=True) if flat is None]
         sizes = [(flat_plan.numel, plan.params[flat_plan.slots[0].param].dtype) for flat_plan in missing]
         buffers = iter(allocate(sizes) if sizes else ())
-        elsewhere = {flat.params[slot] for flat in old if flat.as_views for slot in flat.copied}
+        elsewhere = {param for flat in old for param in flat.params_of_others()}
         made = []
         for flat_plan, flat in zip(plan.flats, found, strict=True):
             specs = [plan.params[slot.param] for slot in flat_plan.slots]
@@ -898,6 +898,38 @@ class ShardedRAdam(RAdam, Joinable):
         """
         self._follow_groups()
         return self._with_hooks(lambda: self._as_dict(self._local_state()))
+
+    @torch.no_grad()
+    def full_state(self, param: Tensor) -> dict[str, Any]:
+        """Collective: the whole state of a parameter, as ``torch.optim.RAdam`` has it in ``optimizer.state[param]``.
+
+        For code that edits moments and puts them back: cut, append, permute, average. What is put into
+        ``optimizer.state[p]`` may be whole, or of the shape that was there.
+
+        Returns:
+            Copies: "step" (0-d), "exp_avg" and "exp_avg_sq" of the parameter's shape on its device, "master" with half
+            precision; and what users keep there. Empty if the state has been deleted.
+
+        Raises:
+            ValueError: it is not a parameter of this optimizer.
+        """
+        self._wait_for_parameters()
+        self._follow_groups()
+        flat, slot = self._place_of(param)
+        own = self.state.get(param)
+        if not own:
+            return {}
+        self._take_back_state(flat)
+        with self._network.together(f"full_state() {self._when()}"):
+            tensors = {name: states.gather_slot(flat, slot, local, self._network) for name, local in flat.state.items()}
+        return {**states.users_own(own), "step": states.export_step(own["step"]), **tensors}
+
+    def _place_of(self, param: Tensor) -> tuple[Flat, int]:
+        for flat in self._flats:
+            for slot, each in enumerate(flat.params):
+                if each is param:
+                    return flat, slot
+        raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of this optimizer's")
 
     def _as_dict(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
         """State by parameter in torch's format, with the param groups as they are now."""

@@ -117,6 +117,11 @@ class FlatPlan:
                 found.append(Piece(slot, bucket, first, stop - start, start, start + to_local))
         return tuple(found)
 
+    def buckets_of(self, slot: int) -> range:
+        """The buckets that have elements of a slot."""
+        at = self.slots[slot]
+        return range(at.start // self.bucket_numel, -(-(at.start + at.numel) // self.bucket_numel))
+
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Slots with elements in ``[start, stop)``: their index, and the first and the one after the last of these."""
         first = bisect_right(self.slots, start, key=lambda slot: slot.start + slot.numel)

@@ -159,6 +159,19 @@ def gather_flat(
     ]
 
 
+def gather_slot(flat: Flat, slot: int, local: Tensor, transport: Transport) -> Tensor:
+    """Collective: all elements of a parameter, shaped as it is, of a tensor with the layout of the flat's state."""
+    at, spec = flat.plan.slots[slot], flat.specs[slot]
+    found = local.new_empty(at.numel)
+    for bucket in flat.plan.buckets_of(slot):
+        first, stop = flat.plan.bucket_range(bucket)
+        whole = local.new_empty(stop - first)
+        transport.gather_to_all(flat.shard_of(local, bucket), whole)
+        low, high = max(first, at.start), min(stop, at.start + at.numel)
+        found[low - at.start : high - at.start] = whole[low - first : high - first]
+    return unflatten(found, spec.shape, spec.dim_order)
+
+
 def move(
     sources: Iterable[tuple[Flat, Mapping[str, Tensor]]],
     targets: Mapping[Tensor, tuple[Flat, int, Mapping[str, Tensor]]],
