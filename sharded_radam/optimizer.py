@@ -530,6 +530,7 @@ class ShardedRAdam(RAdam, Joinable):
         """Collective: compare hyperparameters, step counts and parameters of all ranks, to the bit.
 
         The first step does it by itself, unless ``capturable``, since it waits for the device; see ``check_replicas=``.
+        So do ``save`` and ``CheckpointManager.save``, before they write anything.
 
         Raises:
             RuntimeError: on every rank; names the first difference, the ranks, and both values.
@@ -537,7 +538,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._wait_for_parameters()
         if self._network.world_size > 1:
             names = {p: spec.name for flat in self._flats for p, spec in zip(flat.params, flat.specs, strict=True)}
-            compare(facts(self.param_groups, self.state, names), self._network)
+            compare(facts(self.param_groups, self.state, names, self._network.has_one_copy), self._network)
 
     def _update_and_gather(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
         """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
@@ -1151,7 +1152,15 @@ class ShardedRAdam(RAdam, Joinable):
         with torch.no_grad():
             for flat in self._flats:
                 self._take_back_state(flat)
-        return OptimizerPart(self._flats, self.param_groups, self.state, model, self._check_groups, self._load)
+        return OptimizerPart(
+            self._flats,
+            self.param_groups,
+            self.state,
+            model,
+            self._check_groups,
+            self._load,
+            self._network.has_one_copy,
+        )
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

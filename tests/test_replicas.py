@@ -241,6 +241,23 @@ def test_a_save_finds_ranks_that_differ(tmp_path: Path, world_size: int, sharded
         assert where in text
 
 
+def check_one_copy(rank: int, world_size: int, folder: str) -> None:
+    model = net()
+    optimizer = ShardedRAdam(model.named_parameters(), share_parameters=True)
+    backward(model)
+    optimizer.step()
+    with mock.patch("sharded_radam.replicas._sum", side_effect=AssertionError("it has nothing to compare")):
+        CheckpointManager(folder).save(1, model=model, optimizer=optimizer)
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + rank)
+        with pytest.raises(CheckpointError, match=r"lr of param group 0 differs: 0\.1 on rank 0, 0\.2 on rank"):
+            CheckpointManager(folder).save(2, model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_one_copy_of_the_parameters_is_not_compared(tmp_path: Path, world_size: int) -> None:
+    run(check_one_copy, world_size, str(tmp_path))
+
+
 def check_debug(rank: int, world_size: int) -> None:
     with mock.patch.dict("os.environ", {"TORCH_DISTRIBUTED_DEBUG": "INFO"}):
         assert ShardedRAdam(net().parameters())._options.check_replicas == 100

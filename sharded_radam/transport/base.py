@@ -89,6 +89,11 @@ class Transport(ABC):
         return new
 
     @property
+    def has_one_copy(self) -> bool:
+        """Whether all ranks have their parameters in the same memory."""
+        return False
+
+    @property
     def restarted(self) -> int:
         """A number that is equal on all ranks, and another one after they have failed together and may go on."""
         return 0

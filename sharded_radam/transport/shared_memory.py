@@ -68,6 +68,10 @@ class SharedMemoryTransport(GlooTransport):
         self._slate = self.map(_SLATE_BYTES)
 
     @property
+    def has_one_copy(self) -> bool:
+        return self.share_parameters
+
+    @property
     def restarted(self) -> int:
         return self.signals.excused
 
