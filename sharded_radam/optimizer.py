@@ -219,6 +219,7 @@ class ShardedRAdam(RAdam, Joinable):
             self._adopt(draft)
             if module is not None:
                 self.broadcast_buffers(module)
+        self._transport.operation = "step 1"
         if self._transport.rank == 0:
             logger.info("%s", self.stats())
 

@@ -71,7 +71,7 @@ class Transport(ABC):
 
     name: str
     reason = ""
-    operation = "step 1"
+    operation = "building ShardedRAdam"
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
