@@ -6,10 +6,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,8 @@ from sharded_radam.replicas import compare, facts
 from sharded_radam.steps import Cohort, Counters
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
 from sharded_radam.values import copied, without_numpy
+
+T = TypeVar("T")
 
 logger = logging.getLogger("sharded_radam")
 
@@ -825,28 +827,43 @@ class ShardedRAdam(RAdam, Joinable):
             ValueError: on every rank, if on one a group or the state has something that cannot be saved.
             RuntimeError: on every rank: one did not come within the process group's time-out, or does something else.
         """
-        found = self._gather(f"consolidate_state_dict(to={to}) {self._when()}", to, torch.device("cpu"))
-        if self._network.rank != to:
+        what = f"consolidate_state_dict(to={to}) {self._when()}"
+        made = self._gather(what, to, torch.device("cpu"), lambda found: (found, self._copy(found)))
+        if made is None:
             return None
+        found, whole = made
         if self._network.world_size > 1:
             self._consolidated = found
-        return self._copy(found)
+        return whole
 
     @torch.no_grad()
-    def _gather(self, what: str, to: int | None, device: torch.device | None) -> dict[Tensor, Any]:
-        """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are."""
+    def _gather(
+        self, what: str, to: int | None, device: torch.device | None, finish: Callable[[dict[Tensor, Any]], T]
+    ) -> T | None:
+        """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are.
+
+        Returns:
+            What ``finish`` makes of it, which may fail as well; None on ranks that do not get it.
+        """
         self._follow_groups()
         own = self._network.meeting.attempt(what, lambda: self._prepare_to_gather(to))
         found: dict[Tensor, Any] = {}
-        with self._network.together(what):
+        with self._together_to_the_end(what):
             for flat in self._flats:
                 gathered = states.gather_flat(flat, flat.state, self._network, to, device or flat.buffer.device)
                 for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
                     step = states.export_step(self.state[param]["step"])
                     found[param] = {"step": step.to(device or step.device), **tensors}
-        for key, value in own.items():
-            found[key] = {**found[key], **value} if key in found else value
-        return found
+            for key, value in own.items():
+                found[key] = {**found[key], **value} if key in found else value
+            return finish(found) if to in (None, self._network.rank) else None
+
+    @contextmanager
+    def _together_to_the_end(self, what: str) -> Iterator[None]:
+        """Raise on all ranks what one of them raises in here, also on those that have nothing left to do."""
+        with self._network.together(what):
+            yield
+            self._network.meeting.agree(what)
 
     @torch.no_grad()
     def _prepare_to_gather(self, to: int | None) -> dict[Any, Any]:
@@ -945,11 +962,11 @@ class ShardedRAdam(RAdam, Joinable):
         """Collective: whole tensors, on all ranks, or on torch's rank 0; it then drops what the others return."""
         what = f"state_dict() for torch, with full_state_dict=True, {self._when()}"
         if not on_rank_0:
-            return self._gather(what, None, None)
+            return self._gather(what, None, None, dict) or {}
         if 0 not in (ranks := dist.get_process_group_ranks(self._network.group)):
             return self._local_state()
-        found = self._gather(what, ranks.index(0), torch.device("cpu"))
-        return found if dist.get_rank() == 0 else self._local_state()
+        found = self._gather(what, ranks.index(0), torch.device("cpu"), dict)
+        return self._local_state() if found is None else found
 
     def _copy(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
         """The same, of which nothing changes later but the tensors of ``found``."""
@@ -1080,19 +1097,29 @@ class ShardedRAdam(RAdam, Joinable):
 
         Returns:
             Copies on CPU on rank ``to``, for ``load_state_dict`` of an fp32 model; None elsewhere.
+
+        Raises:
+            Exception: on every rank, in the same words: one failed, did not come, or does something else.
         """
+        self._follow_groups()
+        what = f"full_precision_state_dict(to={to}) {self._when()}"
+        self._network.meeting.attempt(what, lambda: self._prepare_masters(to))
+        masters: dict[Tensor, Tensor] = {}
+        with self._together_to_the_end(what):
+            for flat in (flat for flat in self._flats if flat.is_half):
+                masters_here = {"master": flat.state["master"]}
+                gathered = states.gather_flat(flat, masters_here, self._network, to, torch.device("cpu"))
+                masters |= {p: t["master"] for p, t in zip(flat.params, gathered or [], strict=gathered is not None)}
+            return states.full_precision(model, masters) if self._network.rank == to else None
+
+    def _prepare_masters(self, to: int) -> None:
+        """All that can be wrong on one rank, before masters are gathered."""
         self._check_target(to)
         self._wait_for_parameters()
-        self._follow_groups()
-        masters: dict[Tensor, Tensor] = {}
         for flat in (flat for flat in self._flats if flat.is_half):
             self._take_back_state(flat)
             flat.take_back(flat.check(self._has))
             flat.follow()
-            masters_here = {"master": flat.state["master"]}
-            gathered = states.gather_flat(flat, masters_here, self._network, to, torch.device("cpu"))
-            masters |= {p: t["master"] for p, t in zip(flat.params, gathered or [], strict=gathered is not None)}
-        return states.full_precision(model, masters) if self._network.rank == to else None
 
     # Checkpoints
 

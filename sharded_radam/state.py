@@ -82,7 +82,9 @@ def plain_state(state: Mapping[Any, Any], param_groups: Sequence[dict[str, Any]]
         if not isinstance(found, dict):
             own[key] = _copy(found, f"state.{name}")
         elif found:
-            own[key] = {kind: _copy(value, f"state.{name}.{kind}") for kind, value in users_own(found).items()}
+            mine = users_own(found)
+            plain(dict.fromkeys(mine), f"state.{name}")  # keys may be anything
+            own[key] = {kind: _copy(value, f"state.{name}.{kind}") for kind, value in mine.items()}
     return own
 
 

@@ -22,11 +22,12 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam, meeting
+from sharded_radam import state as states
 from tests.ranks import CONTEXT, WORLD_SIZES, run, stop
 
 TIMEOUT_S = 3.0
@@ -167,6 +168,10 @@ def test_a_pass_more_on_one_rank(world_size: int) -> None:
 # One rank fails
 
 
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def one_rank(rank: int, world_size: int, fail: Callable[[], Any]) -> None:
     if rank == world_size - 1:
         fail()
@@ -274,6 +279,128 @@ def test_one_rank_that_cannot_load(world_size: int) -> None:
     assert [kind for kind, _ in texts[:3]] == ["ValueError"] * 3
 
 
+class Unknown:
+    pass
+
+
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+UNSAVABLE: dict[str, tuple[Any, str]] = {
+    "function": (die, " is a builtins.function, which cannot be saved"),
+    "object": ([Unknown()], "[0] is a tests.test_apart.Unknown, which cannot be saved"),
+    "sparse": (torch.eye(2).to_sparse(), " is a torch.Tensor, which cannot be saved"),
+    "itself": (endless(), "contains itself"),
+    "key": ({torch.ones(1): 1}, " has the tensor tensor([1.]) as a key"),
+}
+
+PLACES: dict[str, tuple[Callable[[ShardedRAdam], dict[Any, Any]], str]] = {
+    "group": (lambda optimizer: optimizer.param_groups[0], "param_groups.0.f"),
+    "parameter": (lambda optimizer: optimizer.state[params_of(optimizer)[1]], "state.1.f"),
+    "key": (lambda optimizer: optimizer.state, "state.f"),
+}
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise MemoryError("of 5 GB")
+
+
+def check_unsavable(rank: int, world_size: int) -> list[tuple[str, str, float]]:
+    """One rank has what cannot be saved, or no memory; also where the others have nothing left to do."""
+    optimizer = build(None)
+    iterate(optimizer)
+    is_odd, found = rank == world_size - 1, []
+    for value, _ in UNSAVABLE.values():
+        for place, _ in PLACES.values():
+            if is_odd:
+                place(optimizer)["f"] = value
+            found.append(told(lambda: optimizer.consolidate_state_dict(to=0)))
+            place(optimizer).pop("f", None)
+    goes_on(optimizer)
+    for module, name in ((states, "deepcopy"), (states, "gather_flat"), (states, "export_step"), (optimizer, "_copy")):
+        iterate(optimizer)
+        with mock.patch.object(module, name, fails) if is_odd else contextlib.nullcontext():
+            optimizer.param_groups[0]["f"] = [1]  # there is something to copy
+            found.append(told(lambda: optimizer.consolidate_state_dict(to=world_size - 1)))
+        with pytest.raises(RuntimeError, match="only this rank's part"):
+            optimizer.state_dict()
+        goes_on(optimizer)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_one_rank_whose_state_cannot_be_saved(world_size: int) -> None:
+    results = run(check_unsavable, world_size)
+    texts = [same([result[at] for result in results], SOON_S) for at in range(len(results[0]))]
+    last = world_size - 1
+    wanted = [
+        ("ValueError", f"rank {last}: {name}", text) for _, text in UNSAVABLE.values() for _, name in PLACES.values()
+    ]
+    wanted += [("MemoryError", f"rank {last}: of 5 GB", "")] * 4
+    for (kind, text), (expected, begin, part) in zip(texts, wanted, strict=True):
+        assert kind == expected
+        assert text.startswith(begin), (text, begin)
+        assert part in text, (text, part)
+
+
+def half_model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(40, 11).bfloat16()
+
+
+def check_full_precision(rank: int, world_size: int, transport: str | None) -> list[tuple[str, str, float]]:
+    """One rank does not come; has a wrong state, or target; no memory; gives something that is no model."""
+    model = half_model()
+    optimizer = ShardedRAdam(model.parameters(), process_group=group("gloo"), bucket_cap_mb=1e-3, transport=transport)
+    last, found = world_size - 1, []
+    is_odd = rank == last
+
+    def full(to: int = 0, model: Any = model) -> Any:
+        return optimizer.full_precision_state_dict(model, to)
+
+    found.append(
+        told(full if not is_odd else lambda: optimizer.add_param_group({"params": [Parameter(torch.ones(3))]}))
+    )
+    dist.barrier()  # who is late is told of the operation that it missed only while there is no other
+    found.append(told(lambda: full(world_size if is_odd else 0)))
+    dist.barrier()
+    if is_odd:
+        optimizer.state[model.weight]["master"] = torch.ones(3)
+    found.append(told(full))
+    if is_odd:
+        optimizer.state[model.weight].clear()
+    found.append(told(lambda: full(last, None if is_odd else model)))
+    with mock.patch.object(states, "gather_flat", fails) if is_odd else contextlib.nullcontext():
+        found.append(told(lambda: full(last)))
+    if transport == "shared_memory":  # the failure in the middle has broken Gloo's group
+        full(last)
+    found.append(told(full if not is_odd else lambda: time.sleep(TIMEOUT_S + 1)))
+    return found
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_full_precision_is_agreed_on(world_size: int, transport: str) -> None:
+    if world_size > 3 and transport != "shared_memory":
+        pytest.skip("2 and 3 ranks show it")
+    results = run(check_full_precision, world_size, transport)
+    last = world_size - 1
+    texts = [same([result[at] for result in results], SOON_S) for at in range(5)]
+    assert "ranks do different things" in texts[0][1]
+    assert "full_precision_state_dict(to=0) after 0 steps" in texts[0][1]
+    assert "ranks do different things" in texts[1][1]
+    assert texts[2][0] == "ValueError"
+    assert texts[2][1].startswith(f"rank {last}: loaded master of parameter '0.0' has shape (3,)")
+    assert texts[3][1].startswith(f"rank {last}: ")
+    assert texts[4] == ("MemoryError", f"rank {last}: of 5 GB")
+    kind, text = same([result[5] for result in results[:-1]], TIMEOUT_S + SOON_S)
+    assert kind == "RuntimeError"
+    assert text.startswith(f"full_precision_state_dict(to=0) after 0 steps: rank {last} did not come within 3 s; every")
+
+
 def check_closure(rank: int, world_size: int, transport: str) -> tuple[str, str, float]:
     optimizer = build(transport)
 
@@ -325,10 +452,6 @@ def test_a_forward_that_raises_on_one_rank(world_size: int) -> None:
 
 
 # One rank is killed
-
-
-def die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fatal_params() -> Iterator[Parameter]:
