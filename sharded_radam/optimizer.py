@@ -781,6 +781,7 @@ class ShardedRAdam(RAdam, Joinable):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``, the shards' gradients included."""
         if self._gradients is not None:
+            self._follow_groups()  # what is in no group any more keeps its gradient
             self._gradients.reset()
         super().zero_grad(set_to_none)
 

@@ -70,6 +70,20 @@ def check_sharded(_rank: int, _world_size: int, code: str) -> None:
     assert not torch.equal(names["model"].weight, before)
 
 
+def check_edit(_rank: int, _world_size: int, code: str) -> None:
+    """Rows of a parameter are pruned, with their moments."""
+    param = torch.ones(200, 3, requires_grad=True)
+    optimizer, mask = ShardedRAdam([param]), torch.arange(200) % 3 == 0
+    param.grad = torch.arange(600.0).view(200, 3)
+    optimizer.step()
+    exec(code, {"optimizer": optimizer, "param": param, "mask": mask, "torch": torch})
+    (new,) = optimizer.param_groups[0]["params"]
+    new.grad = torch.zeros_like(new)
+    optimizer.step()
+    assert int(optimizer.state[new]["step"]) == 2
+    assert torch.allclose(optimizer.full_state(new)["exp_avg"], 0.09 * param.grad[mask])
+
+
 def check_from_zero(rank: int, _world_size: int, code: str, figures: str, folder: str) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -103,9 +117,10 @@ def check_from_zero(rank: int, _world_size: int, code: str, figures: str, folder
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, sharded, manager, dcp, zero, figures = blocks(README, "python")  # tests/test_wheel.py runs the first one
+    _, sharded, manager, dcp, edit, zero, figures = blocks(README, "python")  # tests/test_wheel.py runs the first one
     run(check_manager, world_size, f"{manager}\n{dcp}", str(tmp_path))
     run(check_sharded, world_size, sharded)
+    run(check_edit, world_size, edit)
     run(check_from_zero, world_size, zero, figures, str(tmp_path))
     commands = [line for line in lines(README) if line.startswith("sharded-radam checkpoint")]
     assert len(commands) == 7
