@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
@@ -312,15 +313,18 @@ class Flat:
             state: of the optimizer.
             moments: whether to look at more than the step counters.
         """
-        found = set()
-        for slot, (param, views) in enumerate(zip(self.params, self.local_state, strict=True)):
-            own = state.get(param, {})
-            if own.get("step") is not self.counters.views[slot] or (
-                moments and any(own.get(name) is not view for name, view in views.items())
-            ):
-                found.add(slot)
-        if moments and (now := self._addresses_of_state()) != self._state_addresses:
-            places = zip(now, self._state_addresses, strict=True)
+        found: set[int] = set()
+        nothing: Mapping[Any, Any] = {}
+        entries = [state.get(param, nothing) for param in self.params]
+        views_of: dict[str, list[Tensor]] = {"step": self.counters.views}
+        if moments:
+            views_of |= {name: [views[name] for views in self.local_state] for name in self.state}
+        for name, views in views_of.items():
+            now = [entry.get(name) for entry in entries]
+            if not all(map(operator.is_, now, views)):
+                found |= {slot for slot, (here, view) in enumerate(zip(now, views, strict=True)) if here is not view}
+        if moments and (addresses := self._addresses_of_state()) != self._state_addresses:
+            places = zip(addresses, self._state_addresses, strict=True)
             found |= {at // len(self.state) for at, (here, before) in enumerate(places) if here != before}
         return sorted(found)
 
