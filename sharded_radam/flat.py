@@ -42,7 +42,7 @@ class Flat:
             with the strides they have; otherwise they stay what they are, and the buffer is a copy of them.
         rank: whose shards have their state here.
         buffer: memory to use, 1-D, of the plan's size; new memory if None.
-        elsewhere: of the parameters, those that do not become views, since others have their memory too.
+        elsewhere: of the parameters, those that do not become views: others have their memory too, or it has gaps.
 
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each

@@ -66,9 +66,12 @@ class ShardedGradients:
         flats: of the optimizer.
         transport: of their ranks.
         check: report gradients that are not finite before they are reduced.
+        module: whose ``require_backward_grad_sync`` counts as DistributedDataParallel's.
     """
 
-    def __init__(self, flats: Sequence[Flat], transport: Transport, check: bool) -> None:
+    def __init__(
+        self, flats: Sequence[Flat], transport: Transport, check: bool, module: nn.Module | None = None
+    ) -> None:
         self.flats: list[Flat] = []
         self.sums: list[Tensor] = []
         self.is_unscaled = False
@@ -78,6 +81,7 @@ class ShardedGradients:
         self._transport = transport
         self._check = check
         self._syncing = True
+        self._switches = {} if module is None else module.__dict__
         self._reducer: Reducer | None = None
         self._epoch = 0
         self._arriving: Slots | None = None
@@ -214,7 +218,7 @@ class ShardedGradients:
             self._notice_dropped()
             torch.autograd.Variable._execution_engine.queue_callback(self.settle)  # when that pass ends
         self._is_reduced = self.is_unscaled = False
-        if not self._syncing:
+        if not (self._syncing and self._switches.get("require_backward_grad_sync", True)):
             self._is_behind = True
             return
         if key in self._progress.arrived:

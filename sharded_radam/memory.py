@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Container, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,29 +29,40 @@ def dim_order(tensor: Tensor) -> tuple[int, ...]:
     return order if tensor.permute(order).is_contiguous() else tuple(range(tensor.dim()))
 
 
-def check_memory(params: Iterable[tuple[Tensor, ParamSpec]], as_views: bool, known: Container[Tensor]) -> None:
-    """Raise ValueError if parameters share elements, within one or with each other.
-
-    Or, if they are to become views, and are not known from before, cannot.
-    """
+def check_memory(params: Iterable[tuple[Tensor, ParamSpec]]) -> None:
+    """Raise ValueError if parameters share elements, within one or with each other."""
     extents = []
     for param, spec in params:
-        if is_dense(param):
-            if param.numel() and param.data_ptr():
-                extents.append((param.data_ptr(), param.data_ptr() + param.nbytes, spec.name))
-        elif as_views and param not in known:
+        if torch._debug_has_internal_overlap(param) == 1:
             raise ValueError(
-                f"parameter '{spec.name}' with shape {tuple(param.shape)} and strides {param.stride()} does not fill "
-                "its memory densely, so it cannot become a view of a bucket: make it .contiguous(), or pass "
-                "parameters_as_bucket_view=False."
+                f"parameter '{spec.name}' with shape {tuple(param.shape)} and strides {param.stride()} has several "
+                "elements in one place of memory, so they cannot be updated in place: use its .clone()"
             )
-    extents.sort()
-    for (_, stop, name), (start, _, other) in pairwise(extents):
-        if start < stop:
-            raise ValueError(
-                f"parameters '{name}' and '{other}' share memory but are different Parameters: tie weights by using "
-                "one Parameter object in both places, then it is updated once."
-            )
+        if param.numel() and param.data_ptr():
+            last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+            stop = param.data_ptr() + (last + 1) * param.element_size()
+            extents.append((param.data_ptr(), stop, spec.name, param))
+    extents.sort(key=lambda extent: extent[:2])
+    for index, (_, stop, name, param) in enumerate(extents):
+        for start, _, other, neighbour in extents[index + 1 :]:
+            if start >= stop:
+                break
+            if is_dense(param) or is_dense(neighbour) or _have_common_elements(param, neighbour):
+                raise ValueError(
+                    f"parameters '{name}' and '{other}' share memory but are different Parameters: tie weights by "
+                    "using one Parameter object in both places, then it is updated once."
+                )
+
+
+def _have_common_elements(one: Tensor, other: Tensor) -> bool:
+    """Of tensors that are not dense: whether they are more than neighbours, as columns of one matrix are."""
+    places = []
+    for tensor in (one, other):
+        numbers = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            numbers = numbers[..., None] + stride * tensor.element_size() * torch.arange(size)
+        places.append(numbers.flatten() + tensor.data_ptr())
+    return bool(torch.isin(places[0], places[1]).any())
 
 
 def check_device(params: Sequence[Tensor]) -> None:

@@ -31,7 +31,7 @@ from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import Draft, agree, broadcast_, complete_groups, describe, has_members
 from sharded_radam.meeting import Meeting
-from sharded_radam.memory import check_device, check_memory, dim_order, flat_gradient, flatten, unflatten
+from sharded_radam.memory import check_device, check_memory, dim_order, flat_gradient, flatten, is_dense, unflatten
 from sharded_radam.overlap import Arrivals
 from sharded_radam.overview import Stats, ownership, stats
 from sharded_radam.plan import ShardPlan, make_plan
@@ -121,7 +121,8 @@ class ShardedRAdam(RAdam, Joinable):
         share_parameters: one copy of the parameters for all ranks of a host (shared memory only). Nobody but this
             optimizer may write to them while training goes on, and a step waits until every rank has come to it.
             What one rank writes, all see: load weights on all ranks, then let them meet (``dist.barrier()``).
-        module: the model, with ``shard_gradients``: its buffers are broadcast from rank 0 too.
+        module: the model, with ``shard_gradients``: its buffers are broadcast from rank 0 too, and while its
+            ``require_backward_grad_sync`` is False, backward passes are as in ``no_sync``.
 
     fp16 and bf16 parameters have fp32 moments and an fp32 master, and are updated in fp32. All state exists from
     construction on. Construction, ``add_param_group``, ``consolidate_state_dict`` and ``load_state_dict`` are
@@ -174,6 +175,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._consolidated: dict[Tensor, Any] | None = None
         self._joined = False
         self._steps = 0
+        self._module = module
         self._transport: Transport | None = None
         meeting, choice = Meeting.of(process_group), Choice("none", "", None, torch.device("cpu"))
 
@@ -291,7 +293,7 @@ class ShardedRAdam(RAdam, Joinable):
         """Lay out the parameters of all groups; all that can be wrong with them is raised here."""
         groups = self.param_groups + self._groupless()
         params, specs = describe(groups, 0, bool(self._options.fused))
-        check_memory(zip(params, specs, strict=True), self._options.as_views, self._names())
+        check_memory(zip(params, specs, strict=True))
         if world_size > 1:
             check_device(params)
         if self.shards_gradients:
@@ -335,7 +337,8 @@ class ShardedRAdam(RAdam, Joinable):
         if self._gradients is not None:
             self._gradients.lay_out(self._flats)
         elif self.shards_gradients:
-            self._gradients = ShardedGradients(self._flats, self._network, self._options.check_gradients)
+            check = self._options.check_gradients
+            self._gradients = ShardedGradients(self._flats, self._network, check, self._module)
         for flat in gone:
             flat.release()
         self._network.keep([flat.buffer for flat in flats])
@@ -357,6 +360,7 @@ class ShardedRAdam(RAdam, Joinable):
         sizes = [(flat_plan.numel, plan.params[flat_plan.slots[0].param].dtype) for flat_plan in missing]
         buffers = iter(allocate(sizes) if sizes else ())
         elsewhere = {param for flat in old for param in flat.params_of_others()}
+        elsewhere |= {param for param in params if not is_dense(param)}
         made = []
         for flat_plan, flat in zip(plan.flats, found, strict=True):
             specs = [plan.params[slot.param] for slot in flat_plan.slots]
@@ -1234,6 +1238,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._flats = []
         self._gradients = None
         self._arrivals = None
+        self._module = None
         self._broadcasts = False
         self._parked = []
         state = {key: dict(own) if isinstance(own, dict) else own for key, own in self.state.items()}

@@ -164,6 +164,11 @@ def share_memory(side: Side) -> None:
         param.share_memory_()  # type: ignore[no-untyped-call]
 
 
+def assign_with_gaps(side: Side) -> None:
+    side.kept = torch.ones(7, 20)
+    side.params[0].data = side.kept[:, ::2][:, :9]
+
+
 def swap_tensors(side: Side) -> None:
     other = Parameter(torch.full((7, 9), 0.1))
     torch.utils.swap_tensors(side.params[0], other)  # type: ignore[no-untyped-call]
@@ -180,11 +185,14 @@ EDITS = {
         *(assign_groups, sort_parameters, move_parameter, replace_parameter, edit_options, prune, densify),
         *(set_whole_moments, clear_state, delete_state, zero_one_step, add_to_all_steps, replace_step),
         *(scale_moments_in_place, assign_data_of_moments, vector_of_parameters, assign_rows_of_others),
-        *(assign_other_strides, share_memory, swap_tensors, freeze_and_thaw),
+        *(assign_other_strides, assign_with_gaps, share_memory, swap_tensors, freeze_and_thaw),
     )
 }
 
-OF_MEMORY = {"vector_of_parameters", "assign_rows_of_others", "assign_other_strides", "share_memory", "swap_tensors"}
+OF_MEMORY = {
+    *("vector_of_parameters", "assign_rows_of_others", "assign_other_strides", "assign_with_gaps"),
+    *("share_memory", "swap_tensors"),
+}
 """What gives a rank memory of its own, which share_parameters=True is there to avoid."""
 
 
@@ -351,6 +359,29 @@ def check_remembered(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_data_that_is_remembered(world_size: int) -> None:
     run(check_remembered, world_size)
+
+
+def check_with_gaps(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    """Columns of one matrix, each a parameter, as PyTorch's own tests of optimizers have them."""
+    bases, sides = [torch.ones(9, 20) for _ in range(2)], []
+    builds: list[Callable[..., Any]] = [partial(ShardedRAdam, **options), torch.optim.RAdam]
+    for base, build in zip(bases, builds, strict=True):
+        params = [Parameter(base[:, :7]), Parameter(base[:, 7:8]), Parameter(base[:, 9::2].t())]
+        sides.append((params, build(params, foreach=True)))
+    for step in range(8):
+        for params, optimizer in sides:
+            optimizer.zero_grad()
+            loss = torch.stack([(param * (step - 2)).sum() for param in params]).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        assert torch.equal(*bases), step
+        assert sides[0][0][0].data_ptr() == bases[0].data_ptr()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_parameters_with_gaps_in_memory(world_size: int) -> None:
+    for options in ({}, {"shard_gradients": True}, {"parameters_as_bucket_view": False}):
+        run(check_with_gaps, world_size, options)
 
 
 def twice(side: Side) -> None:

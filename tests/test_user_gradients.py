@@ -385,6 +385,33 @@ def test_torchs_own_grad_scaler(world_size: int) -> None:
     run(check_torchs_scaler, world_size)
 
 
+def check_switch_of_ddp(rank: int, world_size: int) -> None:
+    """Accumulation by DDP's attribute is that of ``no_sync``: the same bits, and as few collectives."""
+    sides = []
+    for by_attribute in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 70), nn.Tanh(), nn.Linear(70, 3))
+        optimizer = ShardedRAdam(model.parameters(), shard_gradients=True, module=model, bucket_cap_mb=1e-3)
+        for step in range(9):
+            syncs = step % 3 == 2
+            if by_attribute:
+                model.require_backward_grad_sync = syncs  # type: ignore[assignment]
+            with contextlib.nullcontext() if syncs or by_attribute else optimizer.no_sync():
+                generator = torch.Generator().manual_seed(world_size * step + rank)
+                model(torch.randn(4, 5, generator=generator)).square().mean().backward()
+            if syncs:
+                optimizer.step()
+                optimizer.zero_grad()
+        sides.append((list(model.parameters()), optimizer.stats().collectives))
+    assert_same(sides[0][0], sides[1][0])
+    assert sides[0][1] == sides[1][1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_require_backward_grad_sync(world_size: int) -> None:
+    run(check_switch_of_ddp, world_size)
+
+
 def test_a_graph_of_gradients_is_kept_out_of_them() -> None:
     """backward(create_graph=True) adds out of place."""
     results = []
