@@ -446,6 +446,9 @@ class ShardedRAdam(RAdam, Joinable):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One optimization step; every rank enters the same collectives, whatever its gradients are.
 
+        What was edited since in ``param_groups``, ``state`` or ``param.data`` takes effect as with RAdam; all ranks
+        must do the same. Groups with other parameters are laid out anew first, which takes their memory once more.
+
         Args:
             closure: reevaluates the model and returns the loss, with gradients enabled.
 
