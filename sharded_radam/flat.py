@@ -164,15 +164,19 @@ class Flat:
                 raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
-            if self.as_views and param.data_ptr() != self._addresses[slot] and spec.numel:
+            if self._is_elsewhere(slot):
                 elsewhere.append(slot)
         return elsewhere
 
+    def _is_elsewhere(self, slot: int) -> bool:
+        """Whether a parameter that was a view of the buffer is none any more."""
+        param = self.params[slot]
+        return self.as_views and param.data_ptr() != self._addresses[slot] and param.numel() > 0
+
     def params_of_others(self) -> set[Tensor]:
         """Parameters that are elsewhere, in memory that others have too."""
-        where = zip(self.params, self.specs, self._addresses, strict=True)
-        moved = [(param, spec) for param, spec, at in where if param.data_ptr() != at and param.numel()]
-        return {param for param, spec in moved if self.as_views and not _has_memory_of_its_own(param, spec)}
+        pairs = [(self.params[slot], self.specs[slot]) for slot in range(len(self.params)) if self._is_elsewhere(slot)]
+        return {param for param, spec in pairs if not _has_memory_of_its_own(param, spec)}
 
     def take_back(self, slots: Sequence[int]) -> None:
         """Follow parameters whose ``.data`` was assigned, or that were moved to where they are.
@@ -350,6 +354,18 @@ class Flat:
             self._reassigned[index] = place, new
         elif index is not None:
             self._reassigned.pop(index, None)
+
+
+def find_slot(flats: Sequence[Flat], param: Tensor) -> tuple[int, int]:
+    """The number of the flat that has a parameter, and its slot there.
+
+    Raises:
+        ValueError: none of them has it.
+    """
+    for index, flat in enumerate(flats):
+        if (slot := flat._index.get(id(param))) is not None:
+            return index, slot
+    raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of this optimizer's")
 
 
 def _restride(view: Tensor, param: Tensor) -> Tensor:

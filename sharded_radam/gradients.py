@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sharded_radam.flat import Flat
+from sharded_radam.flat import Flat, find_slot
 from sharded_radam.grad_shard import GradShard
 from sharded_radam.memory import as_real, zeros
 from sharded_radam.schedule import Launch, Progress, Slots, make_schedule
@@ -523,18 +523,11 @@ class ShardedGradients:
     def whole(self, param: Tensor) -> Tensor | None:
         """Collective: all elements of a gradient, shaped as its parameter and of its dtype; None if it has none."""
         present = self.finish()
-        index, slot = self._key_of(param)
+        index, slot = find_slot(self.flats, param)
         if not present[index][slot]:
             return None
         flat = self.flats[index]
         return gather_slot(flat, slot, _elements(flat, self.sums[index]), self._transport).to(param.dtype)
-
-    def _key_of(self, param: Tensor) -> Slots:
-        for index, flat in enumerate(self.flats):
-            for slot, each in enumerate(flat.params):
-                if each is param:
-                    return index, slot
-        raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of this optimizer's")
 
     @torch.no_grad()
     def norm(self, norm_type: float) -> Tensor:

@@ -26,7 +26,7 @@ from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.saving import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.compat import check_graph_capture
-from sharded_radam.flat import Flat
+from sharded_radam.flat import Flat, find_slot
 from sharded_radam.gradients import ShardedGradients, check_not_wrapped
 from sharded_radam.join import ShadowSteps, share_gradients
 from sharded_radam.layout import Draft, agree, broadcast_, complete_groups, describe, has_members
@@ -547,8 +547,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         self._wait_for_parameters()
         if self._network.world_size > 1:
-            names = {p: spec.name for flat in self._flats for p, spec in zip(flat.params, flat.specs, strict=True)}
-            compare(facts(self.param_groups, self.state, names, self._network.has_one_copy), self._network)
+            compare(facts(self.param_groups, self.state, self._names(), self._network.has_one_copy), self._network)
 
     def _update_and_gather(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
         """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
@@ -942,7 +941,8 @@ class ShardedRAdam(RAdam, Joinable):
         """
         self._wait_for_parameters()
         self._follow_groups()
-        flat, slot = self._place_of(param)
+        index, slot = find_slot(self._flats, param)
+        flat = self._flats[index]
         own = self.state.get(param)
         if not own:
             return {}
@@ -950,13 +950,6 @@ class ShardedRAdam(RAdam, Joinable):
         with self._network.together(f"full_state() {self._when()}"):
             tensors = {name: states.gather_slot(flat, slot, local, self._network) for name, local in flat.state.items()}
         return {**states.users_own(own), "step": states.export_step(own["step"]), **tensors}
-
-    def _place_of(self, param: Tensor) -> tuple[Flat, int]:
-        for flat in self._flats:
-            for slot, each in enumerate(flat.params):
-                if each is param:
-                    return flat, slot
-        raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of this optimizer's")
 
     def _as_dict(self, found: Mapping[Tensor, Any]) -> dict[str, Any]:
         """State by parameter in torch's format, with the param groups as they are now."""

@@ -33,6 +33,18 @@ def backward(model: nn.Module, rank: int) -> None:
     model(torch.full((4, 100), 0.1 * (rank + 1))).square().sum().backward()
 
 
+def two_steps(model: nn.Module, optimizer: ShardedRAdam, rank: int) -> None:
+    for _ in range(2):
+        backward(model, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def compare(model: nn.Module, world_size: int) -> None:
+    for ours, theirs in zip(model.parameters(), expected(world_size), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs)
+
+
 def expected(world_size: int) -> list[torch.Tensor]:
     """Two steps of one RAdam, then one of another."""
     model = net()
@@ -53,10 +65,7 @@ def check_leaving(rank: int, world_size: int, transport: str | None, late: int) 
     """All begin a pass, one rank later than the others; each drops its optimizer as soon as its pass is over."""
     model = net()
     optimizer = build(model, transport, 0.005)
-    for _ in range(2):
-        backward(model, rank)
-        optimizer.step()
-        optimizer.zero_grad()
+    two_steps(model, optimizer, rank)
     dist.barrier()
     time.sleep(0.5 * (rank == late))
     backward(model, rank)
@@ -65,8 +74,7 @@ def check_leaving(rank: int, world_size: int, transport: str | None, late: int) 
     optimizer = build(model, transport, 0.005)  # the gradients of that pass are nobody's
     backward(model, rank)
     optimizer.step()
-    for ours, theirs in zip(model.parameters(), expected(world_size), strict=True):
-        torch.testing.assert_close(ours.detach(), theirs)
+    compare(model, world_size)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -80,10 +88,7 @@ def check_alone(rank: int, world_size: int, transport: str, who: int) -> None:
     """One rank has a batch more than the others, whose pass begins nothing that waits."""
     model = net()
     optimizer = build(model, transport, 25.0)
-    for _ in range(2):
-        backward(model, rank)
-        optimizer.step()
-        optimizer.zero_grad()
+    two_steps(model, optimizer, rank)
     if rank == who:
         backward(model, rank)
     del optimizer
@@ -93,8 +98,7 @@ def check_alone(rank: int, world_size: int, transport: str, who: int) -> None:
     optimizer.zero_grad()
     backward(model, rank)
     optimizer.step()
-    for ours, theirs in zip(model.parameters(), expected(world_size), strict=True):
-        torch.testing.assert_close(ours.detach(), theirs)
+    compare(model, world_size)
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
