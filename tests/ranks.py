@@ -10,11 +10,11 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,25 +35,28 @@ class RankError(AssertionError):
     """A function failed on some ranks; the text has their tracebacks."""
 
 
-def _serve(connection: Connection) -> None:
+def _join(store: str, rank: int, world_size: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=dt.timedelta(seconds=30),
+    )
+    torch.manual_seed(0)
+
+
+def _serve(connection: Connection) -> None:
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()
         except EOFError:
             return
         try:
-            dist.init_process_group(
-                "gloo",
-                store=FileStore(store, world_size),
-                rank=rank,
-                world_size=world_size,
-                timeout=dt.timedelta(seconds=30),
-            )
-            torch.manual_seed(0)
-            result = function(rank, world_size, *args)
-            answer = ("ok", result)
+            _join(store, rank, world_size)
+            answer = ("ok", function(rank, world_size, *args))
         except BaseException:
             answer = ("error", traceback.format_exc())
         finally:
@@ -111,3 +114,61 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             pytest.skip("numpy is not installed, and torch's own collectives of objects need it")
         raise RankError("\n".join(errors))
     return results
+
+
+# Ranks that may be killed
+
+
+class End(NamedTuple):
+    """How a process ended."""
+
+    status: int
+    """0; 1 if the function raised; minus the signal that killed it."""
+    text: str
+    """What it raised."""
+
+
+def _end(function: Callable[..., object], rank: int, world_size: int, args: Sequence[object], folder: str) -> None:
+    try:
+        _join(f"{folder}/store", rank, world_size)
+        function(rank, world_size, *args)
+    except BaseException as error:
+        Path(folder, f"error{rank}").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)  # Gloo's destructors may wait for the dead
+
+
+def ends(
+    function: Callable[..., object], world_size: int, *calls: Sequence[object], timeout: float = _TIMEOUT_S
+) -> list[list[End]]:
+    """How the ranks end that run ``function(rank, world_size, *call)``, for each call; all of them at once.
+
+    Each rank is a process of its own, started anew. A fork of one that has threads would hang or crash at times.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        groups = []
+        for number, call in enumerate(calls):
+            place = Path(folder, str(number))
+            place.mkdir()
+            arguments = [(function, rank, world_size, call, str(place)) for rank in range(world_size)]
+            groups.append((place, [CONTEXT.Process(target=_end, args=each) for each in arguments]))
+        processes = [process for _, group in groups for process in group]
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            late = [process.name for process in processes if process.exitcode is None]
+            assert not late, f"not ended in {timeout} s: {late}"
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [
+            [
+                End(process.exitcode or 0, error.read_text() if (error := place / f"error{rank}").exists() else "")
+                for rank, process in enumerate(group)
+            ]
+            for place, group in groups
+        ]

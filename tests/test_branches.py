@@ -10,7 +10,6 @@ import signal
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from sharded_radam.checkpoint.index import MANIFEST, _canonical, read_index
 from sharded_radam.checkpoint.retention import Record, is_on, latest, next_branch, read_records, stale
 from sharded_radam.checkpoint.verification import verify
 from sharded_radam.cli import main
-from tests.ranks import WORLD_SIZES, run
-from tests.test_crashes import die, forked, pair, state_bits
+from tests.ranks import WORLD_SIZES, ends, run
+from tests.test_crashes import die, pair, state_bits
 
 # The rules, without files
 
@@ -371,94 +370,97 @@ REPLACING: dict[str, Callable[[], None]] = {
 }
 
 
-def killed(rank: int, prepare: Callable[[], None], manager: CheckpointManager, optimizer: Any) -> None:
+def replace_and_die(rank: int, world_size: int, folder: str, stage: str, is_alone: bool) -> None:
+    _, old = pair(2)
+    manager = CheckpointManager(folder, timeout=20)
+    for step in (1, 2) if is_alone else (1, 2, 3):
+        manager.save(step, optimizer=old)
+    manager.load(1, optimizer=old)
+    if is_alone:
+        manager.delete(1)
+    _, new = pair(4)
     if rank == 0:
-        prepare()
-    manager.save(2, optimizer=optimizer)
+        REPLACING[stage]()
+    manager.save(2, optimizer=new)
 
 
-def check_killed(rank: int, world_size: int, folder: str) -> None:
-    """At any moment the latest is a whole checkpoint; where the one gone back to was removed, the old one is."""
+def check_latest(rank: int, world_size: int, expected: dict[str, tuple[int, bool]]) -> None:
     _, old = pair(2)
     _, new = pair(4)
-    for stage, prepare in REPLACING.items():
-        if world_size == 3 and stage not in ("before it is set aside", "after it was set aside", "after the commit"):
-            continue
-        for is_alone in (False, True) if world_size == 1 or stage == "after it was set aside" else (False,):
-            place = Path(folder, f"{world_size}-{stage.replace(' ', '-')}-{is_alone}")
-            manager = CheckpointManager(place, timeout=20)
-            manager.save(1, optimizer=old)
-            manager.save(2, optimizer=old)
-            if not is_alone:
-                manager.save(3, optimizer=old)
-            manager.load(1, optimizer=new)
-            if is_alone:
-                manager.delete(1)
-            manager._timeout = 0.6
-
-            _, new = pair(4)
-            status = forked(partial(killed, rank, prepare, manager, new))
-            manager._timeout = 20
-            dist.barrier()
-            is_new = stage in [*REPLACING][5:]
-            if rank == 0:
-                assert status == -signal.SIGKILL, (stage, status)
-            else:  # the others say what is so
-                assert (status == 0) == is_new, (stage, status)
-            restarted = CheckpointManager(place, timeout=20)
-            _, resumed = pair(0)
-            restored = restarted.load_latest(optimizer=resumed)
-            assert restored is not None
-            assert restored.step == (2 if is_new or is_alone else 3), stage
-            assert state_bits(resumed) == state_bits(new if is_new else old), stage
-            restarted.save(7, optimizer=resumed)
-            dist.barrier()
-            assert all(path.name.startswith("step_") for path in place.iterdir())
-            for step in restarted.steps():
-                verify(read_index(place / f"step_{step}"))
-            dist.barrier()
+    for place, (latest_step, is_new) in expected.items():
+        manager = CheckpointManager(place, timeout=20)
+        _, resumed = pair(0)
+        restored = manager.load_latest(optimizer=resumed)
+        assert restored is not None
+        assert restored.step == latest_step, place
+        assert state_bits(resumed) == state_bits(new if is_new else old), place
+        manager.save(7, optimizer=resumed)
+        dist.barrier()
+        assert all(path.name.startswith("step_") for path in Path(place).iterdir())
+        for step in manager.steps():
+            verify(read_index(Path(place, f"step_{step}")))
+        dist.barrier()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_sigkill_while_one_is_replaced(tmp_path: Path, world_size: int) -> None:
-    run(check_killed, world_size, str(tmp_path), timeout=200)
+    """At any moment the latest is a whole checkpoint; where the one gone back to was removed, the old one is."""
+    some = [*REPLACING] if world_size < 3 else ["before it is set aside", "after it was set aside", "after the commit"]
+    calls = [
+        (str(tmp_path / f"{stage.replace(' ', '-')}-{is_alone}"), stage, is_alone)
+        for stage in some
+        for is_alone in ((False, True) if world_size == 1 or stage == "after it was set aside" else (False,))
+    ]
+    expected = {}
+    for (place, stage, is_alone), ended in zip(calls, ends(replace_and_die, world_size, *calls), strict=True):
+        is_new = stage in [*REPLACING][5:]
+        assert ended[0].status == -signal.SIGKILL, (stage, ended)
+        for other in ended[1:]:  # they say what is so
+            assert other.status == (0 if is_new else 1), (stage, ended)
+            assert ("has ended: it was killed" in other.text) != is_new, (stage, ended)
+        expected[place] = (2 if is_new or is_alone else 3, is_new)
+    run(check_latest, world_size, expected)
 
 
-def check_killed_in_deleting(rank: int, world_size: int, folder: str) -> None:
+DELETING: tuple[Callable[[], None], ...] = (
+    lambda: die_at_rename(1, "before"),
+    lambda: die_at_rename(1, "after"),
+    die_half_way,
+)
+
+
+def delete_and_die(rank: int, world_size: int, folder: str, number: int) -> None:
     _, optimizer = pair(1)
-    for number, prepare in enumerate(
-        (lambda: die_at_rename(1, "before"), lambda: die_at_rename(1, "after"), die_half_way)
-    ):
-        place = Path(folder, f"{world_size}-{number}")
-        manager = CheckpointManager(place, timeout=20)
-        manager.save(1, optimizer=optimizer)
-        manager.save(2, optimizer=optimizer)
-        manager._timeout = 0.6
+    manager = CheckpointManager(folder, timeout=20)
+    manager.save(1, optimizer=optimizer)
+    manager.save(2, optimizer=optimizer)
+    if rank == 0:
+        DELETING[number]()
+    manager.delete(2)
 
-        def delete(prepare: Callable[[], None] = prepare, manager: CheckpointManager = manager) -> None:
-            if rank == 0:
-                prepare()
-            manager.delete(2)
 
-        status = forked(delete)
-        assert rank != 0 or status == -signal.SIGKILL
-        dist.barrier()
+def check_what_was_not_deleted(rank: int, world_size: int, places: list[str]) -> None:
+    for number, place in enumerate(places):
         there = [1, 2] if number == 0 else [1]
-        restarted = CheckpointManager(place, timeout=20)
-        assert restarted.steps() == there
+        _, optimizer = pair(0)
+        manager = CheckpointManager(place, timeout=20)
+        assert manager.steps() == there
         for step in there:
-            verify(read_index(place / f"step_{step}"))
-        restored = restarted.load_latest(optimizer=optimizer)
+            verify(read_index(Path(place, f"step_{step}")))
+        restored = manager.load_latest(optimizer=optimizer)
         assert restored is not None
         assert restored.step == there[-1]
-        restarted.save(3, optimizer=optimizer)
+        manager.save(3, optimizer=optimizer)
         dist.barrier()
-        assert {path.name for path in place.iterdir()} == {f"step_{step}" for step in [*there, 3]}
+        assert {path.name for path in Path(place).iterdir()} == {f"step_{step}" for step in [*there, 3]}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sigkill_while_one_is_deleted(tmp_path: Path, world_size: int) -> None:
-    run(check_killed_in_deleting, world_size, str(tmp_path))
+    places = [str(tmp_path / str(number)) for number in range(len(DELETING))]
+    for ended in ends(delete_and_die, world_size, *((place, number) for number, place in enumerate(places))):
+        assert ended[0].status == -signal.SIGKILL, ended
+    run(check_what_was_not_deleted, world_size, places)
 
 
 def test_a_commit_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

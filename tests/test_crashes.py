@@ -30,7 +30,7 @@ from sharded_radam.checkpoint.index import METADATA, read_index, write_index
 from sharded_radam.checkpoint.metadata import SavedTensor
 from sharded_radam.checkpoint.verification import check_coverage, verify
 from tests.cases import set_grads
-from tests.ranks import WORLD_SIZES, run, stop
+from tests.ranks import WORLD_SIZES, ends, run, stop
 
 Pair = tuple[nn.Module, ShardedRAdam]
 
@@ -98,66 +98,52 @@ def die_at(stage: str, rank: int) -> None:  # noqa: C901
         directory.commit = renamed
 
 
-def forked(action: Callable[[], object]) -> int:
-    """Status of a forked process that does it: 0, 7 for a CheckpointError, minus the signal."""
-    child = os.fork()
-    if child == 0:
-        code = 9
-        signal.alarm(100)  # a fork of a process with threads may hang: then the test says so
-        try:
-            action()
-            code = 0
-        except CheckpointError as error:
-            code = 7 if "has ended: it was killed" in str(error) else 8
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def save_and_die(rank: int, world_size: int, folder: str, victim: int, stage: str) -> None:
+    manager = CheckpointManager(folder, timeout=60)
+    manager.save(1, optimizer=pair(2)[1])
+    _, optimizer = pair(4)
+    if rank == victim:
+        die_at(stage, rank)
+    manager.save(2, optimizer=optimizer)
 
 
-def check_killed(rank: int, world_size: int, folder: str) -> None:
+def check_what_is_left(rank: int, world_size: int, places: dict[str, list[int]]) -> None:
     _, old = pair(2)
-    model, new = pair(4)
-    for victim in range(world_size):
-        for stage in STAGES:
-            place = Path(folder, f"{world_size}-{victim}-{stage.replace(' ', '-')}")
-            manager = CheckpointManager(place, timeout=60)
-            manager.save(1, optimizer=old)
-
-            def save(stage: str = stage, victim: int = victim, manager: CheckpointManager = manager) -> None:
-                if rank == victim:
-                    die_at(stage, rank)
-                manager.save(2, optimizer=new)
-
-            status = forked(save)
-            dist.barrier()
-            if rank == victim:
-                assert status == -signal.SIGKILL, (stage, status)
-            committed = committed_steps(place)
-            assert committed in ([1], [1, 2]), committed
-            lost = stage in STAGES[:2] or (victim == 0 and stage in STAGES[:4])
-            assert committed == ([1] if lost else [1, 2]), stage
-            # The others know what came of it, at once, and not after the time-out.
-            assert rank == victim or status == (7 if lost else 0), (stage, status)
-            # The last one loads, with the state that it was saved with.
-            resumed_model, resumed = pair(0)
-            restored = manager.load_latest(optimizer=resumed)
-            assert restored is not None
-            assert restored.step == committed[-1]
-            assert state_bits(resumed) == state_bits(old if restored.step == 1 else new)
-            # And the next save of the same step is possible; what was left behind is gone.
-            if committed == [1]:
-                manager.save(2, optimizer=new)
-            manager.load(2, optimizer=resumed)
-            assert state_bits(resumed) == state_bits(new)
-            manager.save(3, model=resumed_model, optimizer=resumed)
-            dist.barrier()
-            assert sorted(path.name for path in place.iterdir()) == ["step_1", "step_2", "step_3"]
-    del model
+    _, new = pair(4)
+    for place, committed in places.items():
+        manager = CheckpointManager(place, timeout=60)
+        # The last one loads, with the state that it was saved with.
+        model, resumed = pair(0)
+        restored = manager.load_latest(optimizer=resumed)
+        assert restored is not None
+        assert restored.step == committed[-1]
+        assert state_bits(resumed) == state_bits(old if restored.step == 1 else new)
+        # And the next save of the same step is possible; what was left behind is gone.
+        if committed == [1]:
+            manager.save(2, optimizer=new)
+        manager.load(2, optimizer=resumed)
+        assert state_bits(resumed) == state_bits(new)
+        manager.save(3, model=model, optimizer=resumed)
+        dist.barrier()
+        assert sorted(path.name for path in Path(place).iterdir()) == ["step_1", "step_2", "step_3"]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_sigkill_of_each_rank_at_each_stage(tmp_path: Path, world_size: int) -> None:
-    run(check_killed, world_size, str(tmp_path), timeout=200)
+    left = {}
+    for victim in range(world_size) if world_size < 4 else (0, 3):
+        places = [tmp_path / f"{victim}-{stage.replace(' ', '-')}" for stage in STAGES]
+        calls = [(str(place), victim, stage) for place, stage in zip(places, STAGES, strict=True)]
+        for place, stage, ended in zip(places, STAGES, ends(save_and_die, world_size, *calls), strict=True):
+            lost = stage in STAGES[:2] or (victim == 0 and stage in STAGES[:4])
+            assert committed_steps(place) == ([1] if lost else [1, 2]), stage
+            left[str(place)] = committed_steps(place)
+            assert ended.pop(victim).status == -signal.SIGKILL, (victim, stage, ended)
+            # The others know what came of it, at once, and not after the time-out.
+            for other in ended:
+                assert other.status == (1 if lost else 0), (victim, stage, other)
+                assert ("has ended: it was killed" in other.text) == lost, (victim, stage, other)
+    run(check_what_is_left, world_size, left)
 
 
 # Failures
