@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,3 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("quick"):
         config.option.markexpr = config.option.markexpr or "quick"
         ranks.WORLD_SIZES = (1, 2, 3)  # before the tests import it
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # modules: to look at them again and again is a tenth of the time

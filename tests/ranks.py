@@ -27,8 +27,8 @@ WORLD_SIZES: tuple[int, ...] = (1, 2, 3, 4)
 _TIMEOUT_S = 60.0
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "torch.nn.parallel", "sharded_radam"])
-"""Makes processes that have these imported, which takes seconds, and nothing else."""
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
+"""Makes processes that have torch imported, which takes seconds, and little else."""
 
 
 class RankError(AssertionError):

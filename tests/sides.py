@@ -23,6 +23,8 @@ class Side:
         groups = [{"params": self.params[:2]}, {"params": self.params[2:], "lr": 0.01, "weight_decay": 0.1}]
         self.optimizer = build(groups, foreach=True, **options)
         self.kept: Any = None
+        self.hooks: list[Any] = []
+        """Handles of the optimizer's."""
 
     @property
     def groups(self) -> list[dict[str, Any]]:

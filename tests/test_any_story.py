@@ -7,14 +7,25 @@ nothing.
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    parameters_to_vector,
+    vector_to_parameters,
+)
 
 from sharded_radam import ShardedRAdam
 from tests.ranks import run
@@ -161,6 +172,14 @@ class Story:
             ours.optimizer.clip_grad_norm_(1.0)
             clip_grad_norm_(self.params(theirs), 1.0)
 
+    def clip_with_norm(self, number: int) -> None:
+        """By a norm that is given: the computed one of sharded gradients may differ in its last bits."""
+        ours, theirs = self.sides
+        if any(param.grad is not None for param in self.params(theirs)):
+            norm = torch.tensor(float(number % 7))
+            ours.optimizer.clip_grads_with_norm_(1.5, norm)
+            clip_grads_with_norm_(self.params(theirs), 1.5, norm)
+
     def freeze_or_thaw(self, number: int) -> None:
         for side in self.sides:
             chosen = self.chosen(side, number)
@@ -173,6 +192,31 @@ class Story:
             self.hooked.add(index)
             for side in self.sides:
                 side.params[index].register_hook(_double)  # type: ignore[no-untyped-call]
+
+    def step_hooks(self, number: int) -> None:
+        """One before steps that changes gradients, and one after them that changes parameters; or none any more."""
+        for side in self.sides:
+            for handle in side.hooks:
+                handle.remove()
+            side.hooks.clear()
+            if number % 3:
+                side.hooks.append(side.optimizer.register_step_pre_hook(_halve_gradients))
+                side.hooks.append(side.optimizer.register_step_post_hook(_shrink))
+
+    def go_back(self, number: int) -> None:
+        """Save to a directory, go on, and load what was saved."""
+        if self.taken_out:
+            return
+        ours, theirs = self.sides
+        place = [tempfile.mkdtemp()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(place)
+        with shut(place[0]) as folder:
+            ours.optimizer.save(folder / "saved")
+            saved = copy.deepcopy(theirs.optimizer.state_dict())
+            self.iterate(number)
+            ours.optimizer.load(folder / "saved")
+            theirs.optimizer.load_state_dict(saved)
 
     def save_and_load(self, number: int) -> None:
         if self.taken_out:  # RAdam's state_dict() is a KeyError where a parameter with state is in no group
@@ -205,6 +249,35 @@ class Story:
         for name, number in events:
             getattr(self, name)(number)
         compare(self.sides[0], self.sides[1], "the end")
+
+
+@contextmanager
+def shut(place: str) -> Iterator[Path]:
+    """A folder of all ranks, until all of them are through with it."""
+    try:
+        yield Path(place)
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@torch.no_grad()
+def _halve_gradients(optimizer: Any, *_: Any) -> None:
+    if isinstance(optimizer, ShardedRAdam):
+        optimizer.map_grads_(lambda _param, _elements, grad: grad.mul_(0.5))
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                param.grad.mul_(0.5)
+
+
+@torch.no_grad()
+def _shrink(optimizer: Any, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.mul_(0.75)
 
 
 def _double(grad: Tensor) -> Tensor:
