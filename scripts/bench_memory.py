@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam.plan import ParamSpec
-from sharded_radam.planning.estimate import OURS, OURS_SHARDED, estimates
+from sharded_radam.tools.estimate import OURS, OURS_SHARDED, estimates
 
 STEPS = 8
 PLANNED = {

@@ -2,6 +2,6 @@
 
 import sys
 
-from sharded_radam.cli import main
+from sharded_radam.tools.cli import main
 
 sys.exit(main())

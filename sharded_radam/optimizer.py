@@ -19,28 +19,36 @@ from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
 
 from sharded_radam import callers
-from sharded_radam import differentiable as autograd_step
-from sharded_radam import state as states
-from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam import step_differentiable as autograd_step
+from sharded_radam.arrivals import Arrivals
+from sharded_radam.buckets.counters import Cohort, Counters
+from sharded_radam.buckets.flat import Flat, find_slot
+from sharded_radam.buckets.memory import (
+    check_device,
+    check_memory,
+    dim_order,
+    flat_gradient,
+    flatten,
+    is_dense,
+    unflatten,
+)
+from sharded_radam.buckets.range_tensor import RangeTensor
+from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.peers import Peers
-from sharded_radam.checkpoint.saving import SaveReport
+from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.compat import check_graph_capture
-from sharded_radam.flat import Flat, find_slot
-from sharded_radam.gradients import ShardedGradients, check_not_wrapped
-from sharded_radam.join import ShadowSteps, share_gradients
-from sharded_radam.layout import Draft, agree, broadcast_, complete_groups, describe, has_members
-from sharded_radam.meeting import Meeting
-from sharded_radam.memory import check_device, check_memory, dim_order, flat_gradient, flatten, is_dense, unflatten
-from sharded_radam.overlap import Arrivals
-from sharded_radam.overview import Stats, ownership, stats
+from sharded_radam.gradients.sharded import ShardedGradients, check_not_wrapped
 from sharded_radam.plan import ShardPlan, make_plan
+from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, has_members
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
-from sharded_radam.ranges import RangeTensor
 from sharded_radam.replicas import compare, facts
-from sharded_radam.steps import Cohort, Counters
+from sharded_radam.state import dicts as states
+from sharded_radam.state.values import copied, without_numpy
+from sharded_radam.stats import Stats, ownership, stats
+from sharded_radam.store.meeting import Meeting
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
-from sharded_radam.values import copied, without_numpy
+from sharded_radam.uneven_inputs import ShadowSteps, share_gradients
 
 T = TypeVar("T")
 
@@ -110,8 +118,9 @@ class ShardedRAdam(RAdam, Joinable):
         transport: "native", "gloo", "shared_memory", or None to choose: native on CUDA, shared memory where all ranks
             are on CPUs of one host, otherwise gloo.
         shard_gradients: replaces DistributedDataParallel (ZeRO stage 2): gradients are averaged while backward runs,
-            each rank keeps its shards', and ``p.grad`` becomes a :class:`~sharded_radam.grad_shard.GradShard`. The
-            model is not wrapped. See ``no_sync``, ``clip_grad_norm_``, ``full_grad``, ``map_grads_``. Between two steps
+            each rank keeps its shards', and ``p.grad`` becomes a
+            :class:`~sharded_radam.gradients.grad_shard.GradShard`. The model is not wrapped.
+            See ``no_sync``, ``clip_grad_norm_``, ``full_grad``, ``map_grads_``. Between two steps
             all ranks run the same number of backward passes, and each of them reaches one parameter that the others
             reach too.
         check_gradients: with ``shard_gradients``, log local gradients that are not finite before they are reduced, with
@@ -919,7 +928,8 @@ class ShardedRAdam(RAdam, Joinable):
         """This rank's part of the state, for torch.distributed.checkpoint; not collective.
 
         As in ``dcp.save({"optimizer": optimizer.sharded_state_dict()})``, on all ranks. With one rank it is the whole
-        state, as RAdam's. With several, moments are :class:`~sharded_radam.ranges.RangeTensor` with this rank's
+        state, as RAdam's. With several, moments are
+        :class:`~sharded_radam.buckets.range_tensor.RangeTensor` with this rank's
         elements: live views, which ``load_state_dict`` takes back, and which refuse to be pickled.
         """
         self._follow_groups()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sharded_radam.checkpoint import files
+from sharded_radam.checkpoint.format import chunks as files
 
 SHAPES: tuple[tuple[int, ...], ...] = ((17,), (257, 3), (), (1,), (0, 4), (5, 64, 7), (64,), (130, 11))
 

@@ -33,15 +33,15 @@ import torch
 from torch import nn
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import decode, metadata
-from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
-from sharded_radam.checkpoint.files import DataFiles, Extent
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.metadata import Box, SavedTensor
-from sharded_radam.checkpoint.packing import pack
-from sharded_radam.checkpoint.reading import read_value
-from sharded_radam.checkpoint.verification import verify
-from sharded_radam.values import equal
+from sharded_radam.checkpoint.format import decode, metadata
+from sharded_radam.checkpoint.format.chunks import DataFiles, Extent
+from sharded_radam.checkpoint.format.errors import DamagedError, ForbiddenError
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.metadata import Box, SavedTensor
+from sharded_radam.checkpoint.format.packing import pack
+from sharded_radam.checkpoint.format.reading import read_value
+from sharded_radam.checkpoint.format.verification import verify
+from sharded_radam.state.values import equal
 
 SECONDS = 20
 """Of the processor, for one case; all take a few milliseconds."""

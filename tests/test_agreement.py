@@ -23,13 +23,17 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 
-from sharded_radam import CheckpointManager, ShardedRAdam, liveness
-from sharded_radam.board import Board
-from sharded_radam.checkpoint import directory, files, loading, saving
+from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam.checkpoint import load as loading
+from sharded_radam.checkpoint import save as saving
 from sharded_radam.checkpoint.agreement import Agreement
-from sharded_radam.checkpoint.contents import Staging
+from sharded_radam.checkpoint.format import chunks as files
+from sharded_radam.checkpoint.format import directory
+from sharded_radam.checkpoint.parts import Staging
 from sharded_radam.checkpoint.peers import Line, Peers
-from sharded_radam.liveness import Acquaintance
+from sharded_radam.store import liveness
+from sharded_radam.store.board import Board
+from sharded_radam.store.liveness import Acquaintance
 from tests.ranks import CONTEXT, WORLD_SIZES, run
 
 # The state machine: ranks are threads of one process

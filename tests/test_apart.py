@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 from torch.nn import Parameter
 
-from sharded_radam import ShardedRAdam, meeting
-from sharded_radam import state as states
+from sharded_radam import ShardedRAdam
+from sharded_radam.state import dicts as states
+from sharded_radam.store import meeting
 from tests.ranks import CONTEXT, WORLD_SIZES, run, stop
 
 TIMEOUT_S = 3.0

@@ -19,11 +19,14 @@ import torch
 import torch.distributed as dist
 
 from sharded_radam import CheckpointError, CheckpointManager
-from sharded_radam.checkpoint import directory, files, retention, saving
-from sharded_radam.checkpoint.index import MANIFEST, _canonical, read_index
+from sharded_radam.checkpoint import retention
+from sharded_radam.checkpoint import save as saving
+from sharded_radam.checkpoint.format import chunks as files
+from sharded_radam.checkpoint.format import directory
+from sharded_radam.checkpoint.format.index import MANIFEST, _canonical, read_index
+from sharded_radam.checkpoint.format.verification import verify
 from sharded_radam.checkpoint.retention import Record, is_on, latest, next_branch, read_records, stale
-from sharded_radam.checkpoint.verification import verify
-from sharded_radam.cli import main
+from sharded_radam.tools.cli import main
 from tests.ranks import WORLD_SIZES, ends, run
 from tests.test_crashes import die, pair, state_bits
 

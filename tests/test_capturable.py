@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.buckets.counters import Cohort
 from sharded_radam.compat import VERSION
-from sharded_radam.steps import Cohort
 from sharded_radam.transport import Transport
 
 pytestmark = [
@@ -81,7 +81,7 @@ def test_fused_step_on_cuda_never_waits_for_the_device(
     """Counts are on the host without capturable; here fake as well, so that their values must come from the test."""
     steps = iter(range(1, 20))
     monkeypatch.setattr(
-        "sharded_radam.steps.Counters.add_step",
+        "sharded_radam.buckets.counters.Counters.add_step",
         lambda _counters, has_grad, capturable: [Cohort(next(steps), frozenset(range(len(has_grad) - capturable)))],
     )
     optimizer = fake_cuda_step(dtype, fused=True)

@@ -25,12 +25,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import contents
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.optimizer_part import LoadReport
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint import parts as contents
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.verification import verify
+from sharded_radam.checkpoint.optimizer import LoadReport
 from sharded_radam.compat import VERSION
-from sharded_radam.state import plain_name
+from sharded_radam.state.dicts import plain_name
 from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_ranges import END, SAVED_AT, Net, make, state_of, train, under_ddp, uninterrupted

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import tools
-from sharded_radam.cli import main
+from sharded_radam.checkpoint.convert import tools
+from sharded_radam.tools.cli import main
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_crashes import flip
@@ -189,14 +189,14 @@ def test_as_a_program(tmp_path: Path) -> None:
     optimizer = make()[1]
     optimizer.save(tmp_path / "a")
     done = subprocess.run(
-        [sys.executable, "-m", "sharded_radam.cli", "checkpoint", "verify", str(tmp_path / "a")],
+        [sys.executable, "-m", "sharded_radam.tools.cli", "checkpoint", "verify", str(tmp_path / "a")],
         capture_output=True,
         text=True,
         check=True,
     )
     assert "all checksums are right" in done.stdout
     done = subprocess.run(
-        [sys.executable, "-m", "sharded_radam.cli", "checkpoint"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sharded_radam.tools.cli", "checkpoint"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert tools.summary.__doc__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.meeting import _GRACE_S
+from sharded_radam.store.meeting import _GRACE_S
 from tests.ranks import CONTEXT
 
 TIMEOUT_S = 10.0

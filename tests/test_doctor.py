@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import sharded_radam
-from sharded_radam import ShardedRAdam, diagnosis
-from sharded_radam.cli import main
+from sharded_radam import ShardedRAdam
+from sharded_radam.tools import diagnosis
+from sharded_radam.tools.cli import main
 from tests.programs import call
 from tests.ranks import WORLD_SIZES, run
 

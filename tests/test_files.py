@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from sharded_radam.checkpoint import directory
-from sharded_radam.checkpoint.decode import decode, decode_tensor
-from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
-from sharded_radam.checkpoint.files import DataFile, DataFiles, Extent
+from sharded_radam.checkpoint.format import directory
+from sharded_radam.checkpoint.format.chunks import DataFile, DataFiles, Extent
+from sharded_radam.checkpoint.format.decode import decode, decode_tensor
+from sharded_radam.checkpoint.format.errors import DamagedError, ForbiddenError
 
 pytestmark = pytest.mark.quick
 

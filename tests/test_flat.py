@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.memory import dim_order, flatten, unflatten
+from sharded_radam.buckets.memory import dim_order, flatten, unflatten
 from tests.cases import make_params, set_grads
 from tests.ranks import WORLD_SIZES, run
 
@@ -227,7 +227,7 @@ def test_huge_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large flats are mapped by us; here all are."""
     results = []
     for threshold in (1, 2**40):
-        monkeypatch.setattr("sharded_radam.memory.HUGE_BYTES", threshold)
+        monkeypatch.setattr("sharded_radam.buckets.memory.HUGE_BYTES", threshold)
         params = make_params()
         optimizer = ShardedRAdam(params)
         assert not any(tensor.any() for flat in optimizer._flats for tensor in flat.state.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.cli import main
+from sharded_radam.tools.cli import main
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_ranges import under_ddp

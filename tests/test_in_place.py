@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import optimizer_part
-from sharded_radam.checkpoint.index import read_index
+from sharded_radam.checkpoint import optimizer as optimizer_part
+from sharded_radam.checkpoint.format.index import read_index
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run
 

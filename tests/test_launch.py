@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.format.directory import committed_steps
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.verification import verify
 from tests import programs
 from tests.programs import ROOT, SMALL, TRAIN, Program, environment, metrics, train, wait_for
 
@@ -173,7 +173,8 @@ def store_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STUCK = """
 import os, runpy, sys, threading
-from sharded_radam.checkpoint import directory, saving
+from sharded_radam.checkpoint.format import directory
+from sharded_radam.checkpoint import save as saving
 
 write = saving.Save.write
 

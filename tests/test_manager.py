@@ -17,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import contents, files, saving
-from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint import parts as contents
+from sharded_radam.checkpoint import save as saving
+from sharded_radam.checkpoint.format import chunks as files
+from sharded_radam.checkpoint.format.directory import committed_steps
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.verification import verify
 from tests.cases import assert_same, noted_reads, set_grads
 from tests.ranks import WORLD_SIZES, run
 

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.meeting import Meeting, _judge
+from sharded_radam.store.meeting import Meeting, _judge
 from tests.ranks import WORLD_SIZES, run
 
 # Threads as ranks

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as torchs
 
-from sharded_radam.checkpoint import decode, metadata, pickles
-from sharded_radam.checkpoint.errors import DamagedError, ForbiddenError
-from sharded_radam.checkpoint.files import DataFiles, Extent
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.metadata import Box, SavedTensor, unpack
-from sharded_radam.checkpoint.packing import pack
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.format import decode, metadata, pickles
+from sharded_radam.checkpoint.format.chunks import DataFiles, Extent
+from sharded_radam.checkpoint.format.errors import DamagedError, ForbiddenError
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.metadata import Box, SavedTensor, unpack
+from sharded_radam.checkpoint.format.packing import pack
+from sharded_radam.checkpoint.format.verification import verify
 
 pytestmark = pytest.mark.quick
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.verification import verify
 from tests.cases import noted_reads, set_grads
 from tests.ranks import run
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.flat import Flat
+from sharded_radam.buckets.flat import Flat
 from tests.cases import STEPS, assert_same, make_params, set_grads
 
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.overlap import ArrivingParameter
+from sharded_radam.arrivals import ArrivingParameter
 from sharded_radam.transport import Handle
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run

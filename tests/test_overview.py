@@ -14,9 +14,9 @@ from torch import nn
 from torch.profiler import profile
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.meter import Meter
-from sharded_radam.overview import ownership
 from sharded_radam.plan import ParamSpec, make_plan
+from sharded_radam.stats import ownership
+from sharded_radam.transport.meter import Meter
 from tests.cases import make_params, set_grads
 from tests.ranks import WORLD_SIZES, run
 

@@ -14,16 +14,16 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.tools import summary
-from sharded_radam.cli import main
+from sharded_radam.checkpoint.convert.tools import summary
+from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.compat import VERSION
-from sharded_radam.layout import describe
 from sharded_radam.plan import ParamSpec
-from sharded_radam.planning import simulate as simulation
-from sharded_radam.planning.estimate import OURS, OURS_SHARDED, Bandwidth, Estimate, estimates, layout
-from sharded_radam.planning.models import read_model
-from sharded_radam.planning.simulate import simulate
+from sharded_radam.preflight import describe
+from sharded_radam.tools import simulate as simulation
+from sharded_radam.tools.cli import main
+from sharded_radam.tools.estimate import OURS, OURS_SHARDED, Bandwidth, Estimate, estimates, layout
+from sharded_radam.tools.models import read_model
+from sharded_radam.tools.simulate import simulate
 from tests.cases import make_params, set_grads
 from tests.ranks import WORLD_SIZES, run
 

@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.buckets.range_tensor import RangeTensor, range_boxes
 from sharded_radam.compat import VERSION
-from sharded_radam.ranges import RangeTensor, range_boxes
 from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 

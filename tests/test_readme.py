@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.cli import main
+from sharded_radam.checkpoint.format.directory import committed_steps
+from sharded_radam.tools.cli import main
 from tests.programs import ROOT, SMALL, environment
 from tests.ranks import WORLD_SIZES, run
 from tests.test_integrations import LIBRARIES

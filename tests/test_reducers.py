@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.transport import make_transport, signals
+from sharded_radam.transport import make_transport
+from sharded_radam.transport import sockets as signals
 from sharded_radam.transport.reducers import CHUNK_NUMEL, sum_
 from sharded_radam.transport.shared_memory import SLOTS, SharedMemoryTransport
 from tests.ranks import WORLD_SIZES, RankError, run

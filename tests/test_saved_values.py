@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -13,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.nesting import nest, parts
-from sharded_radam.checkpoint.verification import verify
-from sharded_radam.values import plain, without_numpy
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.nesting import flatten, nest, parts
+from sharded_radam.checkpoint.format.verification import verify
+from sharded_radam.state.values import plain, without_numpy
 from tests.ranks import WORLD_SIZES, run
 
 pytestmark = pytest.mark.quick
@@ -457,6 +459,33 @@ def test_parts(value: Any) -> None:
     found = parts(value)
     assert same(nest(found), value)
     assert found
+
+
+TENSOR = torch.zeros(1)
+
+
+def test_names_are_torchs() -> None:
+    rng = random.Random(0)
+
+    def value(depth: int) -> Any:
+        kind = rng.choice(("dict", "list", "tuple", "tensor", "text")) if depth else "text"
+        if kind == "dict":
+            return {rng.choice((0, 1, "0", "a", "a.b", None)): value(depth - 1) for _ in range(rng.randint(0, 3))}
+        inner = [value(depth - 1) for _ in range(rng.randint(0, 3))] if kind in ("list", "tuple") else []
+        return {"list": inner, "tuple": (*inner,), "tensor": TENSOR, "text": "x"}[kind]
+
+    compared = 0
+    for _ in range(3000):
+        nested = {"x": value(4), "y": value(3)}
+        try:
+            expected = flatten_state_dict(nested)
+        except ValueError:  # two of one name
+            with pytest.raises(ValueError, match="two values are named"):
+                flatten(nested)
+        else:
+            assert flatten(nested) == expected
+            compared += 1
+    assert compared > 2000
 
 
 def test_views_are_saved_without_what_they_are_views_of(tmp_path: Path) -> None:

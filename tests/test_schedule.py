@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sharded_radam.gradients.schedule import MAX_WAITING, Launch, make_schedule, members
 from sharded_radam.plan import ALIGNMENT, FlatPlan, Slot
-from sharded_radam.schedule import MAX_WAITING, Launch, make_schedule, members
 
 
 def flat(sizes: list[int], bucket_numel: int, world_size: int = 1) -> FlatPlan:

@@ -15,8 +15,8 @@ import torch
 
 from sharded_radam import compat
 from sharded_radam.plan import ParamSpec
-from sharded_radam.planning.estimate import OURS as OURS_DDP
-from sharded_radam.planning.estimate import OURS_SHARDED, estimates
+from sharded_radam.tools.estimate import OURS as OURS_DDP
+from sharded_radam.tools.estimate import OURS_SHARDED, estimates
 from tests.programs import ROOT, call
 
 OURS = "sharded_radam, shard_gradients"

@@ -16,9 +16,9 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import GradScaler, ShardedRAdam
-from sharded_radam.flat import Flat
-from sharded_radam.grad_shard import GradShard
-from sharded_radam.schedule import Launch
+from sharded_radam.buckets.flat import Flat
+from sharded_radam.gradients.grad_shard import GradShard
+from sharded_radam.gradients.schedule import Launch
 from sharded_radam.transport.gloo import GlooReducer
 from sharded_radam.transport.shared_memory import SharedMemoryReducer
 from tests.cases import assert_same

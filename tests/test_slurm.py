@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sharded_radam.checkpoint.directory import committed_steps
+from sharded_radam.checkpoint.format.directory import committed_steps
 from tests.programs import ROOT, SMALL, environment
 from tests.test_launch import is_training, losses, wait
 

@@ -22,8 +22,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.ranges import RangeTensor
-from sharded_radam.state import plain_name
+from sharded_radam.buckets.range_tensor import RangeTensor
+from sharded_radam.state.dicts import plain_name
 from tests.cases import assert_same, make_params, missing_at, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 from tests.test_flat import Allocations

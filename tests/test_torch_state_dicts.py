@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.compat import VERSION
-from sharded_radam.ranges import RangeTensor
 from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sharded_radam.checkpoint.directory import committed_steps
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.tools import differences
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.convert.tools import differences
+from sharded_radam.checkpoint.format.directory import committed_steps
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.verification import verify
 from tests.programs import ROOT, SMALL, TRAIN, call, environment, metrics, torchrun, train, wait_for
 
 psutil = pytest.importorskip("psutil")

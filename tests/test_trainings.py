@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, MultiStepLR, Sequential
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import training, undo
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.verification import verify
 from tests.cases import assert_same, set_grads
 from tests.ranks import WORLD_SIZES, run
 

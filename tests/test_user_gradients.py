@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import sharded_radam
 from sharded_radam import ShardedRAdam
-from sharded_radam.grad_shard import GradShard
+from sharded_radam.gradients.grad_shard import GradShard
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run
 from tests.test_gradients import OPTIONS, SMALL, Case, Training, compare, failing, train

@@ -10,10 +10,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sharded_radam.checkpoint.errors import DamagedError
-from sharded_radam.checkpoint.files import Extent
-from sharded_radam.checkpoint.metadata import Box, SavedTensor
-from sharded_radam.checkpoint.verification import Intervals, check_coverage, tiles
+from sharded_radam.checkpoint.format.chunks import Extent
+from sharded_radam.checkpoint.format.errors import DamagedError
+from sharded_radam.checkpoint.format.metadata import Box, SavedTensor
+from sharded_radam.checkpoint.format.verification import Intervals, check_coverage, tiles
 
 pytestmark = pytest.mark.quick
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from sharded_radam.checkpoint.files import DataFiles, Extent
-from sharded_radam.checkpoint.index import read_index
-from sharded_radam.checkpoint.metadata import Box, SavedTensor, unpack
-from sharded_radam.checkpoint.packing import pack
-from sharded_radam.checkpoint.reading import read_value
-from sharded_radam.checkpoint.verification import verify
+from sharded_radam.checkpoint.format.chunks import DataFiles, Extent
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.checkpoint.format.metadata import Box, SavedTensor, unpack
+from sharded_radam.checkpoint.format.packing import pack
+from sharded_radam.checkpoint.format.reading import read_value
+from sharded_radam.checkpoint.format.verification import verify
 from tests.data.write import state_dict, trained
 
 pytestmark = pytest.mark.quick

@@ -3,17 +3,18 @@ size. ``ShardedRAdam.save`` and ``load`` do one optimizer, :class:`CheckpointMan
 
 ::
 
-    a whole training      training                        several models, optimizers and schedulers
-    optimizer, model      optimizer_part, model_part      what is saved, under which names
-    content of a rank     contents                        which elements this rank writes
-    agreement             agreement                       all ranks succeed, or all fail with the same words
-    files                 files, index, directory         chunks with checksums; what is where; rename when complete
+    a whole training      manager, training       several models, optimizers and schedulers
+    optimizer, model      optimizer, model        what is saved, under which names
+    parts                 parts                   which elements this rank writes
+    agreement             agreement               all ranks succeed, or all fail with the same words
+    files                 format/                 chunks with checksums; what is where; rename when complete
+    conversions           convert/                what one process makes of a checkpoint
 """
 
 from sharded_radam.checkpoint.agreement import CheckpointError
 from sharded_radam.checkpoint.manager import CheckpointManager
-from sharded_radam.checkpoint.optimizer_part import LoadReport
-from sharded_radam.checkpoint.saving import SaveReport
+from sharded_radam.checkpoint.optimizer import LoadReport
+from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.training import Restored
 
 __all__ = ["CheckpointError", "CheckpointManager", "LoadReport", "Restored", "SaveReport"]

@@ -41,10 +41,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
-from sharded_radam.board import Board, StoreLostError, pauses
 from sharded_radam.checkpoint.calls import Caller, FailedError, Operation
 from sharded_radam.checkpoint.peers import Line, Peers
-from sharded_radam.liveness import Address, Watch
+from sharded_radam.store.board import Board, StoreLostError, pauses
+from sharded_radam.store.liveness import Address, Watch
 
 _LEAVE_S = 5.0
 _STORE_LOST = "the store by which ranks talk is gone: the process that had it (rank 0's, or torchrun's) has ended"

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sharded_radam.board import pauses
 from sharded_radam.checkpoint.peers import Line
-from sharded_radam.liveness import Address, Watch
+from sharded_radam.store.board import pauses
+from sharded_radam.store.liveness import Address, Watch
 
 _LATE_S = 2.0
 

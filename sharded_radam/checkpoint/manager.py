@@ -12,16 +12,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-import sharded_radam.checkpoint.directory as directory
+import sharded_radam.checkpoint.format.directory as directory
 import sharded_radam.checkpoint.retention as retention
 from sharded_radam.checkpoint.agreement import Agreement, absolute
-from sharded_radam.checkpoint.contents import Opaque, Staging
-from sharded_radam.checkpoint.files import DataFiles
-from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.loading import load_checkpoint
+from sharded_radam.checkpoint.format.chunks import DataFiles
+from sharded_radam.checkpoint.format.index import Index
+from sharded_radam.checkpoint.format.reading import Target
+from sharded_radam.checkpoint.load import load_checkpoint
+from sharded_radam.checkpoint.parts import Opaque, Staging
 from sharded_radam.checkpoint.peers import Peers, ranks_of
-from sharded_radam.checkpoint.reading import Target
-from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+from sharded_radam.checkpoint.save import Save, Saved, SaveReport
 from sharded_radam.checkpoint.training import (
     Restored,
     Training,

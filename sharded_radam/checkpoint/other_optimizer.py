@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sharded_radam.checkpoint.contents import OfRank0, Opaque
-from sharded_radam.checkpoint.files import DataFiles
-from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.nesting import Names, read_nested
-from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart, expect_all
-from sharded_radam.checkpoint.reading import Target
-from sharded_radam.checkpoint.saved_optimizer import find_optimizer
+from sharded_radam.checkpoint.format.chunks import DataFiles
+from sharded_radam.checkpoint.format.index import Index
+from sharded_radam.checkpoint.format.nesting import Names, read_nested
+from sharded_radam.checkpoint.format.reading import Target
+from sharded_radam.checkpoint.format.saved_optimizer import find_optimizer
+from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart, expect_all
+from sharded_radam.checkpoint.parts import OfRank0, Opaque
 from sharded_radam.checkpoint.undo import PutBack, remember_object, reset
-from sharded_radam.state import pack_groups
-from sharded_radam.values import without_numpy
+from sharded_radam.state.dicts import pack_groups
+from sharded_radam.state.values import without_numpy
 
 _OTHER = "other"
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import sharded_radam.checkpoint.directory as directory
-from sharded_radam.checkpoint.index import MANIFEST, read_info
+import sharded_radam.checkpoint.format.directory as directory
+from sharded_radam.checkpoint.format.index import MANIFEST, read_info
 
 logger = logging.getLogger("sharded_radam")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from sharded_radam.checkpoint.files import DataFiles
-from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.loading import load_checkpoint
-from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart
+from sharded_radam.checkpoint.format.chunks import DataFiles
+from sharded_radam.checkpoint.format.index import Index
+from sharded_radam.checkpoint.format.reading import Target
+from sharded_radam.checkpoint.load import load_checkpoint
+from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.peers import Peers
-from sharded_radam.checkpoint.reading import Target
-from sharded_radam.checkpoint.saving import Save, Saved, SaveReport
+from sharded_radam.checkpoint.save import Save, Saved, SaveReport
 from sharded_radam.checkpoint.undo import Change
 
 

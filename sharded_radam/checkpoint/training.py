@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharded_radam.checkpoint.contents import Opaque
-from sharded_radam.checkpoint.files import DataFiles
-from sharded_radam.checkpoint.index import Index
-from sharded_radam.checkpoint.model_part import model_content, model_targets
-from sharded_radam.checkpoint.optimizer_part import LoadReport, OptimizerPart, Prepared, list_differences
+from sharded_radam.checkpoint.format.chunks import DataFiles
+from sharded_radam.checkpoint.format.index import Index
+from sharded_radam.checkpoint.format.reading import Target
+from sharded_radam.checkpoint.model import model_content, model_targets
+from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart, Prepared, list_differences
 from sharded_radam.checkpoint.other_optimizer import OtherPart
+from sharded_radam.checkpoint.parts import Opaque
 from sharded_radam.checkpoint.peers import ranks_of
-from sharded_radam.checkpoint.reading import Target
 from sharded_radam.checkpoint.undo import Change, may_fail, remember_model, remember_object, reset
 from sharded_radam.replicas import Facts
-from sharded_radam.state import Entry, plain_name
-from sharded_radam.values import is_dense_tensor
+from sharded_radam.state.dicts import Entry, plain_name
+from sharded_radam.state.values import is_dense_tensor
 
 Name = tuple[str, ...]
 """Keys of nested dicts, positions in lists; () where there is one object alone."""

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sharded_radam.meeting import Meeting, own_group, timeout_of
+from sharded_radam.store.meeting import Meeting, own_group, timeout_of
 from sharded_radam.transport.base import Alone, Handle, Transport
 from sharded_radam.transport.gloo import GlooReducer, GlooTransport
 from sharded_radam.transport.native import NativeReducer, NativeTransport
 from sharded_radam.transport.reducers import AloneReducer, Reducer
 from sharded_radam.transport.shared_memory import SharedMemoryReducer, SharedMemoryTransport
-from sharded_radam.transport.signals import connect
+from sharded_radam.transport.sockets import connect
 
 __all__ = [
     "REDUCERS",

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.meeting import LostError, Meeting, is_agreed
-from sharded_radam.meter import Meter
+from sharded_radam.store.meeting import LostError, Meeting, is_agreed
+from sharded_radam.transport.meter import Meter
 from sharded_radam.transport.reducers import HALF_DTYPES, AloneReducer, Reducer
 
 _TAG = 0x5AD0

@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.meeting import LostError
+from sharded_radam.store.meeting import LostError
 from sharded_radam.transport.base import Handle, as_bytes
 from sharded_radam.transport.gloo import GlooTransport
 from sharded_radam.transport.reducers import Reducer, SummingReducer, typed
-from sharded_radam.transport.signals import Signals
+from sharded_radam.transport.sockets import Signals
 
 SLOTS = 3
 _UPDATE, _READ, _WRITTEN, _SEEN, _MARKS = 1, 2, 4, 5, 8

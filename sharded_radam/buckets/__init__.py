@@ -1,0 +1,1 @@
+"""Flat buffers: where parameters, moments and masters are."""

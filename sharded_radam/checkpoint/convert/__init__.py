@@ -1,0 +1,1 @@
+"""What is made of checkpoints by one process."""

@@ -1,0 +1,1 @@
+"""What lies on the disk: nothing here knows of torch.distributed."""

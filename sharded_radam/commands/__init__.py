@@ -1,1 +1,0 @@
-"""The topics of the command line, one module each."""

@@ -1,0 +1,1 @@
+"""Gradients that are reduced to shards while the backward pass runs."""

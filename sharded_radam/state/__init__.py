@@ -1,0 +1,1 @@
+"""The optimizer's state, and its dicts."""

@@ -1,0 +1,1 @@
+"""What ranks tell each other through torch.distributed's store."""

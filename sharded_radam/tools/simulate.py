@@ -1,0 +1,142 @@
+"""The real optimizer on a fake process group: the code's own figures, beside those of the plan.
+
+Parameters are fake CUDA tensors, which have shapes and no memory, so that one process can be any rank of thousands.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from sharded_radam.compat import check_fake_collectives
+from sharded_radam.optimizer import ShardedRAdam
+from sharded_radam.plan import ParamSpec, make_plan
+from sharded_radam.stats import Stats
+from sharded_radam.tools.estimate import estimate_ours, layout
+from sharded_radam.transport import Choice, NativeTransport, Transport
+
+LARGEST_WORLD_SIZE = 4096
+
+
+class FakeTransport(NativeTransport):
+    """Collectives of the fake backend. Fake tensors have no values, so every rank says what this one does."""
+
+    def all_gather_objects(self, item: object) -> list[Any]:
+        return [item] * self.world_size
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        self.meter.count("all_reduce", tensor.nbytes)
+        return tensor
+
+
+class FakeOptimizer(ShardedRAdam):
+    """ShardedRAdam with that transport."""
+
+    def _connect(self, choice: Choice) -> Transport:
+        assert choice.group is not None
+        return FakeTransport(choice.group, choice.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A figure of the plan and that of the code."""
+
+    rank: int
+    what: str
+    planned: int
+    built: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether they are the same."""
+        return self.planned == self.built
+
+
+def simulate(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 25.0) -> list[Check]:
+    """Build the optimizer as the first, a middle and the last rank, take one step, and compare with the plan.
+
+    Args:
+        params: of the model.
+        world_size: 2 to 4096.
+        bucket_cap_mb: size of a bucket in MiB.
+
+    Raises:
+        ValueError: the world size; a process group exists already; or torch is too old for it.
+    """
+    if not 2 <= world_size <= LARGEST_WORLD_SIZE:
+        raise ValueError(f"--simulate {world_size}: expected 2 to {LARGEST_WORLD_SIZE} ranks")
+    if dist.is_initialized():
+        raise ValueError("a simulation needs a process without a process group: run it without torchrun")
+    check_fake_collectives()
+    checks = []
+    for rank in sorted({0, world_size // 2, world_size - 1}):
+        for shard_gradients in (False, True):
+            built = _build(params, rank, world_size, bucket_cap_mb, shard_gradients)
+            checks += _compare(params, rank, world_size, bucket_cap_mb, shard_gradients, built)
+    return checks
+
+
+def _build(
+    params: Sequence[ParamSpec], rank: int, world_size: int, bucket_cap_mb: float, shard_gradients: bool
+) -> Stats:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of data pointers of fake tensors, which compare as nothing
+            made = [_fake(param) for param in params]
+            # A counter on the device is not read, and so may be fake.
+            optimizer = FakeOptimizer(
+                [(param.name, tensor) for param, tensor in zip(params, made, strict=True)],
+                bucket_cap_mb=bucket_cap_mb,
+                capturable=True,
+                shard_gradients=shard_gradients,
+            )
+            for tensor in made:
+                tensor.grad = torch.zeros_like(tensor)
+            optimizer.step()
+            return optimizer.stats()
+    finally:
+        dist.destroy_process_group()
+
+
+def _fake(spec: ParamSpec) -> Parameter:
+    inverse = sorted(range(len(spec.dim_order)), key=spec.dim_order.__getitem__)
+    memory = torch.empty([spec.shape[dim] for dim in spec.dim_order], dtype=spec.dtype, device="cuda")
+    return Parameter(memory.permute(inverse))
+
+
+def _compare(
+    params: Sequence[ParamSpec], rank: int, world_size: int, bucket_cap_mb: float, shard_gradients: bool, built: Stats
+) -> list[Check]:
+    planned = layout(params, world_size, bucket_cap_mb)
+    row = estimate_ours(make_plan(params, world_size, bucket_cap_mb), world_size, shard_gradients=shard_gradients)
+    memory = row.memory
+    pairs = [
+        ("elements", planned.numel, built.numel),
+        ("padding, elements", planned.padding_numel, built.padding_numel),
+        ("buckets", planned.num_buckets, built.num_buckets),
+        ("bytes of state", memory.moments + memory.masters, built.state_bytes),
+        ("bytes of gathered parameters", row.parameters_received, built.received_bytes["all_gather"]),
+        ("all-gathers", planned.num_buckets, built.collectives["all_gather"]),
+    ]
+    if shard_gradients:
+        pairs += [
+            ("bytes of gradients", memory.gradients, built.gradient_bytes),
+            ("bytes of gradient buckets", memory.buckets, built.bucket_bytes),
+            ("bytes of reduced gradients", row.gradients_received, built.received_bytes["reduce_scatter"]),
+            ("reduce-scatters", planned.num_buckets, built.collectives["reduce_scatter"]),
+        ]
+    return [Check(rank, f"{row.optimizer}: {what}", planned, built) for what, planned, built in pairs]
