@@ -879,7 +879,7 @@ class ShardedRAdam(RAdam, Joinable):
         """Raise on all ranks what one of them raises in here, also on those that have nothing left to do."""
         with self._network.together(what):
             yield
-            self._network.meeting.agree(what)
+            self._network.meeting.agree(what, is_within=True)
 
     @torch.no_grad()
     def _prepare_to_gather(self, to: int | None) -> dict[Any, Any]:
