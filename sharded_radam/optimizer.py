@@ -18,8 +18,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinCon
 from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
 
-from sharded_radam import callers
-from sharded_radam import step_differentiable as autograd_step
+from sharded_radam import callers, step_differentiable
 from sharded_radam.arrivals import Arrivals
 from sharded_radam.buckets.counters import Cohort, Counters
 from sharded_radam.buckets.flat import Flat, find_slot
@@ -85,13 +84,19 @@ def _clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
         torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
 
 
-def _check_engine(fused: bool, foreach: bool, differentiable: bool, shares_more: bool) -> None:
+def _check_engine(fused: bool, foreach: bool, differentiable: bool, shares_more: bool, world_size: int) -> None:
     if fused and (foreach or differentiable):
         raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
     if differentiable and foreach:
         raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
     if differentiable and shares_more:
         raise ValueError("differentiable=True excludes shard_gradients=True and share_parameters=True")
+    if differentiable and world_size > 1:
+        raise ValueError(
+            f"differentiable=True is for one rank, and here are {world_size}: autograd cannot run through a step whose "
+            "parts other ranks take. Expected differentiable=False, or process_group= with this rank alone, as "
+            "torch.distributed.new_subgroups(1) makes it: the whole state is then on every rank, as RAdam's"
+        )
 
 
 class ShardedRAdam(RAdam, Joinable):
@@ -198,7 +203,8 @@ class ShardedRAdam(RAdam, Joinable):
                 raise ValueError("check_gradients=True and module= are for shard_gradients=True")
             if share_parameters and not parameters_as_bucket_view:
                 raise ValueError("share_parameters=True excludes parameters_as_bucket_view=False")
-            _check_engine(bool(fused), bool(foreach), differentiable, shard_gradients or share_parameters)
+            shares_more = shard_gradients or share_parameters
+            _check_engine(bool(fused), bool(foreach), differentiable, shares_more, meeting.world_size)
             super(ShardedRAdam, self).__init__(
                 params,
                 lr=lr,
@@ -610,15 +616,10 @@ class ShardedRAdam(RAdam, Joinable):
             update_(operands, self._engine(flat), cohort.step, hyper)
 
     def _step_differentiable(self, cohorts: Sequence[Sequence[Cohort]]) -> None:
-        """As above, recorded by autograd: state tensors are replaced, and the flat keeps copies of their values."""
+        """As above, recorded by autograd."""
         for flat, flat_cohorts in zip(self._flats, cohorts, strict=True):
-            counts = {slot: int(cohort.step) for cohort in flat_cohorts for slot in cohort.slots}
-            hyper = Hyperparameters.of(self._group(flat))
-            for slot, exchange in enumerate(autograd_step.exchanges(flat, self._network)):
-                state = self.state[flat.params[slot]]
-                autograd_step.update(flat.params[slot], state, exchange, counts.get(slot), hyper)
-                moments = {name: state[name].detach() for name in ("exp_avg", "exp_avg_sq")}
-                flat.set_local_state(slot, moments)
+            steps = {slot: int(cohort.step) for cohort in flat_cohorts for slot in cohort.slots}
+            step_differentiable.update(flat, steps, Hyperparameters.of(self._group(flat)), self.state)
 
     def _foreign_state(self, flat: Flat, among: Set[Tensor] | None = None) -> list[tuple[int, states.Entry]]:
         """What somebody put into ``optimizer.state``, by slot; None in an entry for what is missing.
