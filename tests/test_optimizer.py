@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.buckets.flat import Flat
+from sharded_radam.step import engine_of
 from tests.cases import STEPS, assert_same, make_params, set_grads
 
 
@@ -399,7 +400,7 @@ def test_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
 def test_engine_by_flags() -> None:
     def engine(**flags: Any) -> str:
         optimizer = ShardedRAdam([one()], **flags)
-        return optimizer._engine(optimizer._flats[0])
+        return engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0])
 
     assert engine() == "fused"
     assert engine(fused=True) == "fused"
@@ -435,7 +436,7 @@ def test_memory_is_freed_with_the_optimizer() -> None:
     import weakref
 
     optimizer = ShardedRAdam(make_params())
-    flats: list[weakref.ref[Flat]] = [weakref.ref(flat) for flat in optimizer._flats]
+    flats: list[weakref.ref[Flat]] = [weakref.ref(flat) for flat in optimizer._shards.flats]
     del optimizer
     gc.collect()
     assert [flat() for flat in flats] == [None]
