@@ -18,18 +18,10 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
 
+from sharded_radam.arguments import Arguments
 from sharded_radam.arrivals import Arrivals
 from sharded_radam.buckets.memory import dim_order, flatten, unflatten
-from sharded_radam.build import (
-    Arguments,
-    Options,  # noqa: F401  (pickles of optimizers name it here)
-    Shards,
-    build,
-    find_groupless,
-    follow_groups,
-    lay_out,
-    rebuild,
-)
+from sharded_radam.build import Shards, build, follow_groups, lay_out, rebuild
 from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.save import SaveReport
