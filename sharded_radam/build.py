@@ -119,6 +119,17 @@ def _first_draft(optimizer: RAdam, initialise: Callable[[], None], arguments: Ar
     return replace(draft, options=arguments.offer(), buffers=tuple(buffers), choice=choice)
 
 
+def check_is_whole(shards: Shards) -> None:
+    """Raise RuntimeError if other ranks have parts of the state: then an optimizer is not pickled."""
+    transport = shards.transport
+    if transport.world_size > 1:
+        raise RuntimeError(
+            f"this optimizer holds rank {transport.rank}'s part of the state of {transport.world_size} "
+            "ranks, so it cannot be pickled: save what consolidate_state_dict() returns, and load it into a new "
+            "optimizer (copy.deepcopy works, in this process)"
+        )
+
+
 @torch.no_grad()
 def rebuild(optimizer: RAdam, transport: Transport, options: Options, groupless: Sequence[dict[str, Any]]) -> Shards:
     """Lay out a copy of an optimizer, without collectives.

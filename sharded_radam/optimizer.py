@@ -18,17 +18,18 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import RAdam
 from torch.optim.optimizer import ParamsT
 
-from sharded_radam.arguments import Arguments
+from sharded_radam.arguments import Arguments, Options  # noqa: F401  (pickled optimizers name Options here)
 from sharded_radam.arrivals import Arrivals
 from sharded_radam.buckets.memory import dim_order, flatten, unflatten
-from sharded_radam.build import Shards, build, follow_groups, lay_out, rebuild
+from sharded_radam.build import Shards, build, check_is_whole, find_groupless, follow_groups, lay_out, rebuild
 from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.compat import check_graph_capture
-from sharded_radam.preflight import broadcast_
+from sharded_radam.preflight import broadcast_, check_shardable
 from sharded_radam.state import consolidate, load
+from sharded_radam.state.dicts import Entry
 from sharded_radam.state.edits import take_back
 from sharded_radam.stats import Stats, ownership, stats
 from sharded_radam.step import check_replicas, evaluate, heed_scaler, prepare, update
@@ -473,6 +474,14 @@ class ShardedRAdam(RAdam, Joinable):
         """
         load.load_state_dict(self, self._shards, state_dict)
 
+    def take_over(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[Entry | None]]) -> int:
+        """Take over what was checked before, for CheckpointManager; parameters without an entry keep their state.
+
+        Returns:
+            Of how many parameters, which are not of half precision, the weights are now the saved masters.
+        """
+        return load.take_over(self, self._shards, groups, entries)
+
     def full_precision_state_dict(self, model: nn.Module, to: int = 0) -> dict[str, Any] | None:
         """Collective: the state dict of a half-precision model as it would be in fp32, on one rank.
 
@@ -555,8 +564,8 @@ class ShardedRAdam(RAdam, Joinable):
             self.param_groups,
             self.state,
             model,
-            partial(load.check_merged, self._shards),
-            partial(load.take_over, self, self._shards),
+            lambda groups: check_shardable(groups, bool(self._shards.options.fused)),
+            self.take_over,
             self._shards.transport.has_one_copy,
         )
 
@@ -568,13 +577,7 @@ class ShardedRAdam(RAdam, Joinable):
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
-        transport = self._shards.transport
-        if transport.world_size > 1:
-            raise RuntimeError(
-                f"this optimizer holds rank {transport.rank}'s part of the state of {transport.world_size} "
-                "ranks, so it cannot be pickled: save what consolidate_state_dict() returns, and load it into a new "
-                "optimizer (copy.deepcopy works, in this process)"
-            )
+        check_is_whole(self._shards)
         return self._content()
 
     def _content(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ FLOORS = [
     {"store"},
     {"transport"},
     {"buckets"},
-    {"state", "arrivals", "step_differentiable", "replicas", "preflight"},
+    {"state", "arrivals", "step_differentiable", "replicas", "preflight", "arguments"},
     {"gradients", "checkpoint.format"},
     {"build"},
     {"step", "state.consolidate", "state.load", "uneven_inputs", "checkpoint"},

@@ -146,6 +146,30 @@ def test_one_operation_has_one_verdict_whoever_is_late() -> None:
 
 
 @pytest.mark.quick
+def test_who_is_late_within_an_operation_is_told_how_it_ended() -> None:
+    """And nothing of what the others have begun since, which goes on without it until it comes."""
+    ranks = meetings(3, timeout=1.0)
+    assert together(*(lambda m=m: m.agree("gathering") for m in ranks)) == [None] * 3
+    bad = MemoryError("of 5 GB")
+    first = together(*(lambda m=m: m.agree("gathering", None, bad, is_within=True) for m in ranks[1:]))
+    found: list[Any] = []
+
+    def go_on() -> None:
+        found.extend(together(*(lambda m=m: m.agree("next", 1, None, sum) for m in ranks[1:])))
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    time.sleep(0.2)
+    late = together(lambda: ranks[0].agree("gathering", is_within=True))
+    kind, text = raised(first + late)
+    assert kind is MemoryError
+    assert text == "ranks 1, 2: of 5 GB"
+    found.extend(together(lambda: ranks[0].agree("next", 1, None, sum)))
+    thread.join()
+    assert found == [3, 3, 3]
+
+
+@pytest.mark.quick
 def test_waiting_ends_when_it_is_in_vain() -> None:
     ranks = meetings(3)
     ranks[0].connections = mock.Mock(gone=lambda: "rank 2 is gone", key="", sent=0)

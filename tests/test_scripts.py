@@ -146,6 +146,7 @@ def test_demo_fails_if_the_loss_does_not_continue(tmp_path: Path) -> None:
         assert message in done.stderr
 
 
+@pytest.mark.timeout(620)
 def test_demo(tmp_path: Path) -> None:
     """All of it, with a small model, in the environment that there is."""
     pytest.importorskip("tqdm")
@@ -161,7 +162,7 @@ def test_demo(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=230,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "complete; all checksums are right" in done.stdout

@@ -103,7 +103,7 @@ def test_killed_ranks_leave_the_last_checkpoint_and_nobody_hangs(tmp_path: Path,
     command = torchrun(2, TRAIN, *SMALL, *flags)
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
     try:
-        wait_for(lambda: committed_steps(folder), 60)
+        wait_for(lambda: committed_steps(folder), 150)
         time.sleep(0.3 * victim)
         ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "launch/train.py" in p.cmdline()]
         killed = next(p for p in ranks if p.environ().get("LOCAL_RANK") == str(victim))

@@ -224,11 +224,20 @@ def check_edits(rank: int, world_size: int, mode: str) -> None:
         train(sides, range(6, 8), name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("world_size", [pytest.param(w, marks=[pytest.mark.quick] * (w < 4)) for w in WORLD_SIZES])
+MODES_OF = {
+    1: ("DDP", "DDP, no views", "sharded"),
+    2: tuple(MODES),
+    3: ("DDP, gloo", "sharded", "shared parameters"),
+    4: ("DDP", "sharded, gloo"),
+}
+"""By world size: each mode at two of them and more."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "mode"),
+    [pytest.param(w, mode, marks=[pytest.mark.quick] * (w < 4)) for w in WORLD_SIZES for mode in MODES_OF[w]],
+)
 def test_edits_take_effect_as_with_radam(world_size: int, mode: str) -> None:
-    if world_size == 1 and (MODES[mode].get("transport") or MODES[mode].get("share_parameters")):
-        return  # transports are for several ranks
     run(check_edits, world_size, mode)
 
 

@@ -133,9 +133,10 @@ class ShardedGradients:
         """
         params = {param for flat in flats for param in flat.params}
         present = {self._param(key) for key in self._keys() if self._is_present(key)}
-        for param in [self._param(key) for key in self._keys()]:
-            if param in present and param not in params:
-                param.grad = self.whole(param)
+        leaving = [param for param in map(self._param, self._keys()) if param in present and param not in params]
+        # All before the first is assigned: an assigned gradient is taken back into its shard when the next is read.
+        for param, grad in zip(leaving, [self.whole(param) for param in leaving], strict=True):
+            param.grad = grad
         for key, hook in self._hooks.items():
             if self._param(key) not in params and hook.owner is self._this and hook.handle is not None:
                 hook.handle.remove()

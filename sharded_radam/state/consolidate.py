@@ -83,7 +83,7 @@ def _together_to_the_end(shards: Shards, what: str) -> Iterator[None]:
     """Raise on all ranks what one of them raises in here, also on those that have nothing left to do."""
     with shards.transport.together(what):
         yield
-        shards.transport.meeting.agree(what)
+        shards.transport.meeting.agree(what, is_within=True)
 
 
 @torch.no_grad()

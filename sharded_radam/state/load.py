@@ -11,7 +11,7 @@ from torch.optim import RAdam
 
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.build import Shards, follow_groups
-from sharded_radam.preflight import describe
+from sharded_radam.preflight import check_shardable
 from sharded_radam.state.dicts import (
     Entry,
     check_groups,
@@ -64,16 +64,10 @@ def _read(optimizer: RAdam, shards: Shards, state_dict: dict[str, Any]) -> Loade
         for flat in shards.flats
     ]
     groups = merge_groups(optimizer.param_groups, saved_groups, optimizer.defaults)
-    check_merged(shards, groups)
+    check_shardable(groups, bool(shards.options.fused))
     ours = {param for flat in shards.flats for param in flat.params}
     others = {key: value for key, value in other_state(by_param, state_dict).items() if key not in ours}
     return Loaded(groups, entries, others)
-
-
-def check_merged(shards: Shards, groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for groups that the optimizer cannot have."""
-    for index, group in enumerate(groups):
-        describe([group], index, bool(shards.options.fused))
 
 
 @torch.inference_mode(False)  # what is loaded takes steps later

@@ -138,6 +138,8 @@ class Acquaintance:
         self.met: set[Address] = set()
         self._tried: set[Address] = set()
         self.nobodys: set[Address] = set()
+        self.last = ""
+        """The last operation of ``meeting`` that this process was in."""
 
     def arrive(self) -> None:
         """Write down where this process listens; again after a fork. The first time, see who has ended already."""

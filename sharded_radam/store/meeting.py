@@ -146,6 +146,7 @@ class Meeting:
         problem: Exception | None = None,
         decide: Callable[[list[Any]], Any] = lambda offers: None,
         summon: Callable[[], None] = lambda: None,
+        is_within: bool = False,
     ) -> Any:
         """Collective: come together for an operation.
 
@@ -155,6 +156,8 @@ class Meeting:
             problem: what this rank failed with, if it did.
             decide: a pure function of the offers of all ranks, in their order; returns a JSON value, or raises.
             summon: called if this fails before all ranks have come: those that wait for this one elsewhere fail then.
+            is_within: this rank is in the middle of what all have begun. If it comes late, it is told how that ended,
+                although the others may have gone on to something else.
 
         Returns:
             What ``decide`` returned.
@@ -169,7 +172,7 @@ class Meeting:
             return decide([offer] * self.world_size)
         post = {**_post(what, offer, problem), "sent": {self.connections.key: self.connections.sent}}
         try:
-            verdict = self._verdict(self._board, what, post, decide)
+            verdict = self._verdict(self._board, what, post, decide, is_within)
         except StoreLostError as error:
             verdict = {"failure": f"{what}: the process that has the store of the process group is gone ({error})"}
         if "failure" not in verdict:
@@ -197,12 +200,13 @@ class Meeting:
         return made
 
     def _verdict(
-        self, board: Board, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any]
+        self, board: Board, what: str, post: dict[str, Any], decide: Callable[[list[Any]], Any], is_within: bool
     ) -> dict[str, Any]:
         assert self._known is not None
         self._known.arrive()
         self._known.meet([self._known.address(self._next)])
-        token = self._join(board, post)
+        token = (self._missed(board) if is_within else None) or self._join(board, post)
+        self._known.last = token
         board.put(f"{token}/{self.rank}", json.dumps(post))
         if board.count(f"{token}/count") == self.world_size or board.claim(f"{token}/what", what) != what:
             return self._settle(board, token, decide)
@@ -239,19 +243,34 @@ class Meeting:
         fresh = secrets.token_hex(8)
         token = board.exchange("open", "", fresh)
         while token != fresh and self._is_over(board, token, post):
+            board.put(f"{fresh}/before", token)
             token = board.exchange("open", token, fresh)
-        self._written.append([f"{token}/{self.rank}"])
-        if token == fresh:
-            self._written[-1] += [f"{token}/{name}" for name in ("count", "what", "verdict")]
-        if len(self._written) > 8:  # every rank has left that one long ago
-            board.drop(*self._written.popleft())
+            if token != fresh:  # another rank has opened one meanwhile
+                board.drop(f"{fresh}/before")
+        self._note_written(board, token, ("count", "what", "verdict", "before") if token == fresh else ())
         return token
 
+    def _missed(self, board: Board) -> str | None:
+        """The token of the first operation after the last that this rank was in."""
+        assert self._known is not None
+        token, missed = board.read("open"), None
+        while token and token != self._known.last:
+            missed, token = token, board.read(f"{token}/before")
+        if missed is not None:
+            self._note_written(board, missed)
+        return missed
+
+    def _note_written(self, board: Board, token: str, names: Sequence[str] = ()) -> None:
+        """Note what this rank writes; remove that of operations that every rank has left long ago."""
+        self._written.append([f"{token}/{name}" for name in (self.rank, *names)])
+        if len(self._written) > 8:
+            board.drop(*self._written.popleft())
+
     def _is_over(self, board: Board, token: str, post: dict[str, Any]) -> bool:
-        """For this rank. One that is late, or has lost the others, learns how the operation ended that it missed."""
+        """For this rank. One that is late learns how the operation ended that it missed."""
         if board.has([f"{token}/{self.rank}"]):
             return True
-        if not board.has([f"{token}/verdict"]) or post.get("lost"):
+        if not board.has([f"{token}/verdict"]):
             return False
         return post["what"] not in {each["what"] for each in self._posts(board, token).values()}
 

@@ -113,7 +113,7 @@ class Transport(ABC):
 
     def fail(self, problem: Exception) -> NoReturn:
         """Raise on all ranks, as soon as they come or wait for this one, what keeps it from going on."""
-        self.meeting.agree(self.operation, None, problem, summon=self.summon)
+        self.meeting.agree(self.operation, None, problem, summon=self.summon, is_within=True)
         raise problem  # not reached: a problem is raised by the meeting
 
     def lose(self, rank: int | None, error: Exception) -> NoReturn:
