@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from sharded_radam import ShardedRAdam
 from sharded_radam.plan import ParamSpec
 from sharded_radam.tools.estimate import OURS, OURS_SHARDED, estimates
 
@@ -87,9 +88,8 @@ def planned_bytes(peer: str, shapes: list[tuple[int, ...]], world_size: int) -> 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the state tensors of this rank, padding included."""
     local = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-    flats = getattr(local, "_flats", None)
-    if flats is not None:
-        return sum(tensor.nbytes for flat in flats for tensor in flat.state.values())
+    if isinstance(local, ShardedRAdam):
+        return local.stats().state_bytes
     return sum(t.nbytes for s in local.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim())
 
 

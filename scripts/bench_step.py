@@ -87,7 +87,7 @@ def bag(shapes: list[tuple[int, ...]], device: torch.device, grads: list[Tensor]
 
 @contextmanager
 def without_communication(optimizer: ShardedRAdam) -> Iterator[None]:
-    network: Any = optimizer._network
+    network: Any = optimizer._shards.transport
     names = ("begin_update", "all_gather", "end_update")
     for name in names:
         setattr(network, name, lambda *_: [])

@@ -20,7 +20,7 @@ from sharded_radam.buckets.flat import DTYPES
 from sharded_radam.buckets.memory import dim_order, flatten, unflatten
 from sharded_radam.plan import ParamSpec, ShardPlan
 from sharded_radam.store.meeting import Meeting
-from sharded_radam.transport import Transport
+from sharded_radam.transport import Choice, Transport
 
 FLAGS = ("foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay")
 """Of a param group, that must be equal on all ranks."""
@@ -55,6 +55,12 @@ def describe(
                 shape, order = tuple(param.shape), dim_order(param)
                 found[param] = ParamSpec(name, shape, order, param.dtype, param.device.type, index)
     return list(found), list(found.values())
+
+
+def check_shardable(groups: Sequence[Mapping[str, Any]], fused: bool) -> None:
+    """Raise ValueError for groups of which one cannot be sharded; none is compared with another."""
+    for index, group in enumerate(groups):
+        describe([group], index, fused)
 
 
 def number(group: Mapping[str, Any], index: int) -> list[str]:
@@ -146,6 +152,7 @@ class Draft:
         plan: their layout.
         options: arguments that must be equal on all ranks, by their names; JSON values.
         buffers: of the model, that are to be broadcast.
+        choice: of a transport, at construction.
     """
 
     groups: Sequence[Mapping[str, Any]]
@@ -153,6 +160,7 @@ class Draft:
     plan: ShardPlan
     options: dict[str, Any]
     buffers: tuple[tuple[str, Tensor], ...] = ()
+    choice: Choice | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """What must be equal on all ranks of each group, parameter and buffer: its name, and all else in words."""

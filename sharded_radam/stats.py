@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sharded_radam.buckets.flat import Flat
-from sharded_radam.gradients.sharded import ShardedGradients
+from torch.optim import RAdam
+
+from sharded_radam.build import Shards
 from sharded_radam.plan import FlatPlan, ParamSpec
-from sharded_radam.transport import Transport
+from sharded_radam.step import engine_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +63,10 @@ class Stats:
         )
 
 
-def stats(
-    flats: Sequence[Flat],
-    engines: Sequence[str],
-    gradients: ShardedGradients | None,
-    transport: Transport,
-    steps: int,
-) -> Stats:
-    """The figures of now; not collective.
-
-    Args:
-        flats: of the optimizer.
-        engines: of each flat.
-        gradients: of the own shards, if they are sharded.
-        transport: of the ranks.
-        steps: that were taken.
-    """
+def stats(optimizer: RAdam, shards: Shards) -> Stats:
+    """The figures of now; not collective."""
+    flats, gradients, transport = shards.flats, shards.gradients, shards.transport
+    engines = {engine_of(optimizer, shards, flat) for flat in flats}
     params = [param for flat in flats for param in flat.params]
     numel = sum(param.numel() for param in params)
     meter = transport.meter
@@ -85,8 +74,8 @@ def stats(
         rank=transport.rank,
         world_size=transport.world_size,
         transport=transport.name,
-        engine="+".join(sorted(set(engines))),
-        steps=steps,
+        engine="+".join(sorted(engines)),
+        steps=shards.steps,
         num_params=len(params),
         numel=numel,
         num_buckets=sum(flat.plan.num_buckets for flat in flats),

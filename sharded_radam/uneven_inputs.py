@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.algorithms.join import JoinHook
+from torch.distributed.algorithms.join import Join, JoinHook, _JoinConfig
 
 from sharded_radam.buckets.memory import dim_order, flatten
+from sharded_radam.build import Shards
 from sharded_radam.transport import Transport
 
 
@@ -17,37 +17,58 @@ class ShadowSteps(JoinHook):
     """A joined rank steps along: the others cannot update the shards whose moments only it has.
 
     Args:
-        step: a step of a rank without data.
-        leave: called when all ranks have run out of data.
+        optimizer: a Joinable.
+        shards: of this rank.
     """
 
-    def __init__(self, step: Callable[[], None], leave: Callable[[], None]) -> None:
-        self.step = step
-        self.leave = leave
+    def __init__(self, optimizer: Any, shards: Shards) -> None:
+        self.optimizer = optimizer
+        self.shards = shards
 
     def main_hook(self) -> None:
-        """Called by Join while another rank has data."""
-        self.step()
+        """Step without data of one's own; called by Join while another rank has data."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        own = [param.grad for param in params]
+        for param in params:
+            param.grad = None  # a new tensor takes what another rank has
+        self.shards.is_joined = True
+        try:
+            self.optimizer.step()
+        finally:
+            self.shards.is_joined = False
+            for param, grad in zip(params, own, strict=True):
+                param.grad = grad
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Called by Join at its end."""
-        self.leave()
+        """Leave Join, which leaves it enabled itself: later steps would go on asking who has data."""
+        self.optimizer._join_config = _JoinConfig(
+            enable=False, throw_on_early_termination=False, is_first_joinable=False
+        )
 
 
-def share_gradients(param_groups: list[dict[str, Any]], transport: Transport, joined: bool) -> None:
-    """Collective: give joined ranks the gradients and hyperparameters of the first rank that still has data.
+def share_gradients(optimizer: Any, shards: Shards) -> None:
+    """Collective in Join: give joined ranks the gradients and hyperparameters of the first rank that still has data.
 
     DistributedDataParallel averages gradients over the ranks with data only; a joined rank has those of its last own
     iteration, and its scheduler stands still. Nothing is sent while all ranks have data, beyond who has.
+
+    Args:
+        optimizer: a Joinable.
+        shards: of this rank.
     """
+    if not shards.is_joined:
+        Join.notify_join_context(optimizer)
+    if not optimizer._join_config.enable:
+        return
+    param_groups, transport = optimizer.param_groups, shards.transport
     groups = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in param_groups]
     params = [param for group in param_groups for param in group["params"]]
-    news = None if joined else (groups, [param.grad is not None for param in params])
+    news = None if shards.is_joined else (groups, [param.grad is not None for param in params])
     heard = transport.all_gather_objects(news)
     active = [rank for rank, item in enumerate(heard) if item is not None]
     if not active or len(active) == transport.world_size:
         return
-    if joined:
+    if shards.is_joined:
         _take(param_groups, params, heard[active[0]], transport, active[0])
     elif transport.rank == active[0]:
         for param in (param for param in params if param.grad is not None):

@@ -414,7 +414,7 @@ def load(folder: Path) -> None:
     except CheckpointError as error:
         refusal = error.__cause__
         check_clear(refusal)
-    is_new = not any(tensor.any() for flat in optimizer._flats for tensor in flat.state.values())
+    is_new = not any(tensor.any() for flat in optimizer._shards.flats for tensor in flat.state.values())
     assert is_new or refusal is None, "it was refused, and has changed the optimizer"
 
 

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.state import dicts as states
+from sharded_radam.state import consolidate, dicts
 from sharded_radam.store import meeting
 from tests.ranks import CONTEXT, WORLD_SIZES, run, stop
 
@@ -93,9 +93,9 @@ def goes_on(optimizer: ShardedRAdam) -> None:
     for _ in range(3):
         iterate(optimizer)
     assert optimizer.grad_norm() == 0
-    optimizer.consolidate_state_dict(to=optimizer._network.world_size - 1)
+    optimizer.consolidate_state_dict(to=optimizer._shards.transport.world_size - 1)
     for param in params_of(optimizer):
-        everyone = [torch.empty_like(param) for _ in range(optimizer._network.world_size)]
+        everyone = [torch.empty_like(param) for _ in range(optimizer._shards.transport.world_size)]
         dist.all_gather(everyone, param.detach())
         assert all(torch.isfinite(other).all() for other in everyone)
 
@@ -195,7 +195,7 @@ def no_memory(optimizer: ShardedRAdam) -> None:
     def update(*_: Any) -> None:
         raise MemoryError("of 3 GB")
 
-    optimizer._update = update  # type: ignore[method-assign, assignment]
+    optimizer._shards.flats[0].copy_in = update  # type: ignore[method-assign, assignment]
 
 
 FAILURES: dict[str, tuple[Callable[[ShardedRAdam], None], str, str]] = {
@@ -321,7 +321,8 @@ def check_unsavable(rank: int, world_size: int) -> list[tuple[str, str, float]]:
             found.append(told(lambda: optimizer.consolidate_state_dict(to=0)))
             place(optimizer).pop("f", None)
     goes_on(optimizer)
-    for module, name in ((states, "deepcopy"), (states, "gather_flat"), (states, "export_step"), (optimizer, "_copy")):
+    places = [(dicts, "deepcopy"), *((consolidate, name) for name in ("gather_flat", "export_step", "_copy"))]
+    for module, name in places:
         iterate(optimizer)
         with mock.patch.object(module, name, fails) if is_odd else contextlib.nullcontext():
             optimizer.param_groups[0]["f"] = [1]  # there is something to copy
@@ -374,7 +375,7 @@ def check_full_precision(rank: int, world_size: int, transport: str | None) -> l
     if is_odd:
         optimizer.state[model.weight].clear()
     found.append(told(lambda: full(last, None if is_odd else model)))
-    with mock.patch.object(states, "gather_flat", fails) if is_odd else contextlib.nullcontext():
+    with mock.patch.object(consolidate, "gather_flat", fails) if is_odd else contextlib.nullcontext():
         found.append(told(lambda: full(last)))
     if transport == "shared_memory":  # the failure in the middle has broken Gloo's group
         full(last)
@@ -461,7 +462,7 @@ def fatal_params() -> Iterator[Parameter]:
 
 
 def in_gather(optimizer: ShardedRAdam) -> None:
-    network = optimizer._network
+    network = optimizer._shards.transport
     gather, calls = network.gather, []
 
     def fatal(*args: Any) -> None:
@@ -531,7 +532,7 @@ def test_a_rank_that_is_killed(tmp_path: Path, world_size: int, transport: str, 
 def check_late(rank: int, world_size: int) -> tuple[str, str, float]:
     """The last rank lives, and is elsewhere while the others gather."""
     optimizer = build("native")
-    network, gather = optimizer._network, optimizer._network.gather
+    network, gather = optimizer._shards.transport, optimizer._shards.transport.gather
 
     def late(*args: Any) -> None:
         time.sleep(TIMEOUT_S + 3)

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sharded_radam import ShardedRAdam
 from sharded_radam.buckets.counters import Cohort
 from sharded_radam.compat import VERSION
+from sharded_radam.step import engine_of
 from sharded_radam.transport import Transport
 
 pytestmark = [
@@ -31,7 +32,7 @@ def world_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     # torch's own of these ask the GPU what it can do.
     monkeypatch.setattr(Transport, "broadcast", lambda self, tensor: None)
     monkeypatch.setattr(Transport, "all_reduce", lambda self, tensor, op: tensor)
-    monkeypatch.setattr(ShardedRAdam, "_checks_replicas_now", lambda self: False)  # it reads what it compares
+    monkeypatch.setattr("sharded_radam.step._is_check_due", lambda *_: False)  # it reads what it compares
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
     yield request.param
     dist.destroy_process_group()
@@ -66,8 +67,8 @@ def test_capturable_step_never_waits_for_the_device(
     world_size: int, dtype: torch.dtype, flags: dict[str, Any], tensor_lr: bool
 ) -> None:
     optimizer = fake_cuda_step(dtype, tensor_lr=tensor_lr, capturable=True, **flags)
-    (flat,) = optimizer._flats
-    assert optimizer._network.name == ("native" if world_size > 1 else "none")
+    (flat,) = optimizer._shards.flats
+    assert optimizer._shards.transport.name == ("native" if world_size > 1 else "none")
     assert len(set(flat.counters._known_classes())) == 2  # parameters with the same gradients are updated together
     for state in optimizer.state.values():
         assert (state["step"].device.type, state["step"].dtype) == ("cuda", torch.float64)
@@ -85,12 +86,12 @@ def test_fused_step_on_cuda_never_waits_for_the_device(
         lambda _counters, has_grad, capturable: [Cohort(next(steps), frozenset(range(len(has_grad) - capturable)))],
     )
     optimizer = fake_cuda_step(dtype, fused=True)
-    assert optimizer._engine(optimizer._flats[0]) == "fused"
+    assert engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0]) == "fused"
 
 
 def test_engine_on_cuda_is_radams_choice() -> None:
     optimizer = fake_cuda_step(torch.float32, steps=0)
-    assert optimizer._engine(optimizer._flats[0]) == "foreach"
+    assert engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0]) == "foreach"
 
 
 def test_the_check_itself_can_fail() -> None:
@@ -106,7 +107,7 @@ def fake_cuda_backward(steps: int, **flags: Any) -> ShardedRAdam:
         params = [Parameter(torch.zeros(shape, device="cuda")) for shape in [(70, 9), (3,), (500,), (64, 3)]]
         optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, shard_gradients=True, capturable=True, **flags)
         optimizer.overlap_forward(torch.nn.ParameterList(params))
-        gradients = optimizer._gradients
+        gradients = optimizer._shards.gradients
         assert gradients is not None
         for step in range(steps):
             optimizer.zero_grad()
@@ -123,7 +124,7 @@ def fake_cuda_backward(steps: int, **flags: Any) -> ShardedRAdam:
 
 def test_sharded_gradients_on_cuda_never_wait_for_the_device(world_size: int) -> None:
     optimizer = fake_cuda_backward(7)
-    gradients = optimizer._gradients
+    gradients = optimizer._shards.gradients
     assert gradients is not None
-    assert optimizer._network.name == ("native" if world_size > 1 else "none")
+    assert optimizer._shards.transport.name == ("native" if world_size > 1 else "none")
     assert {total.device.type for total in gradients.sums} == {"cuda"}

@@ -118,7 +118,9 @@ def check_equal_parts(rank: int, world_size: int, folder: str) -> None:
                 per_rank[key.partition(".")[0]] += num_bytes
     numel = sum(param.numel() for param in model.parameters())
     assert abs(per_rank["model"] - 4 * numel / world_size) < 8
-    own = sum(b - a for flat in optimizer._flats for slot in range(len(flat.params)) for a, b in flat.spans(slot))
+    own = sum(
+        b - a for flat in optimizer._shards.flats for slot in range(len(flat.params)) for a, b in flat.spans(slot)
+    )
     assert per_rank["optim"] == 8 * own
 
 
@@ -247,7 +249,7 @@ def check_rebuilt_masters(_rank: int, _world_size: int, folder: str) -> None:
     half_steps(other, optimizer, 1, 3)
     CheckpointManager(f"{folder}/plain").load(1, model=other, optimizer=optimizer)
     assert_same(other.parameters(), model.parameters())
-    for param, flat, slot in ((p, f, s) for f in optimizer._flats for s, p in enumerate(f.params)):
+    for param, flat, slot in ((p, f, s) for f in optimizer._shards.flats for s, p in enumerate(f.params)):
         for (start, stop), own in zip(flat.spans(slot), flat._pieces_of[slot], strict=True):
             assert own.master is not None
             assert torch.equal(own.master, param.detach().view(-1)[start:stop].float())
@@ -415,7 +417,7 @@ def check_almost_nothing(rank: int, world_size: int, folder: str) -> None:
         other = ShardedRAdam([("a", nn.Parameter(torch.zeros(numel, 1)))])
         report = other.load(Path(folder, f"{world_size}-{numel}"))
         assert (report.loaded, report.numel, report.step) == (1, 2 * numel, 1)
-        assert bool(optimizer._flats[0].spans(0)) == (rank == 0 and numel == 1)
+        assert bool(optimizer._shards.flats[0].spans(0)) == (rank == 0 and numel == 1)
         assert equal(by_name(optimizer), by_name(other))
 
 

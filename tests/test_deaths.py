@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import ShardedRAdam, step
 from sharded_radam.store.meeting import _GRACE_S
 from tests.ranks import CONTEXT
 
@@ -38,12 +38,12 @@ def in_backward(model: nn.Sequential, optimizer: ShardedRAdam, fatal: Callable[.
 
 
 def in_step(model: nn.Sequential, optimizer: ShardedRAdam, fatal: Callable[..., None]) -> None:
-    optimizer._update = fatal  # type: ignore[method-assign]
+    step.update_bucket = fatal
 
 
 def in_gather(model: nn.Sequential, optimizer: ShardedRAdam, fatal: Callable[..., None]) -> None:
     """When some buckets of the own shard are out, or may be read, and before the others' have been read."""
-    network, calls = optimizer._network, []
+    network, calls = optimizer._shards.transport, []
 
     def fatal_later(bucket: Tensor) -> Any:
         calls.append(bucket)

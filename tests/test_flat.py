@@ -189,7 +189,7 @@ def check_bytes(_rank: int, world_size: int) -> None:
             params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
             optimizer = ShardedRAdam(params, bucket_cap_mb=4.0, weight_decay=0.1, **flags)  # type: ignore[arg-type]
             own = sum(tensor.nbytes for state in optimizer.state.values() for n, tensor in state.items() if n != "step")
-            allocated = sum(tensor.nbytes for flat in optimizer._flats for tensor in flat.state.values())
+            allocated = sum(tensor.nbytes for flat in optimizer._shards.flats for tensor in flat.state.values())
             padding = 64 * (len(shapes) + world_size)
             bytes_each = 8 if dtype == torch.float32 else 12
             assert own <= allocated <= bytes_each * (numel + padding) / world_size
@@ -230,7 +230,7 @@ def test_huge_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sharded_radam.buckets.memory.HUGE_BYTES", threshold)
         params = make_params()
         optimizer = ShardedRAdam(params)
-        assert not any(tensor.any() for flat in optimizer._flats for tensor in flat.state.values())
+        assert not any(tensor.any() for flat in optimizer._shards.flats for tensor in flat.state.values())
         for step in range(1, 9):
             set_grads(params, step)
             optimizer.step()

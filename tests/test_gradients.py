@@ -277,7 +277,7 @@ def check_parity(rank: int, world_size: int, part: int) -> None:
             training = Training(True, transport, rank)
             ours = train(training, case)
             compare(ours, theirs, case in EXACT and world_size <= 2, (case.__name__, transport))
-            assert training.sharded._network.name == ("none" if world_size == 1 else transport)
+            assert training.sharded._shards.transport.name == ("none" if world_size == 1 else transport)
 
 
 @pytest.mark.timeout(200)

@@ -28,7 +28,7 @@ def pair(dtype: torch.dtype) -> tuple[nn.Module, ShardedRAdam]:
 
 def state_of(optimizer: ShardedRAdam) -> list[Tensor]:
     found = []
-    for flat in optimizer._flats:
+    for flat in optimizer._shards.flats:
         found += [tensor.clone() for tensor in flat.state.values()]
     return [*found, *(state["step"].clone() for state in optimizer.state.values())]
 
@@ -82,7 +82,7 @@ def check(rank: int, world_size: int, folder: str, dtype: torch.dtype) -> None:
             manager.load(1, model=new_model, optimizer=new, scheduler=Schedule(rank == world_size - 1))
         assert_bits(state_of(new), before)
         assert_bits([param.detach() for param in new_model.parameters()], weights)
-        masters = sum(flat.plan.local_numel for flat in new._flats if flat.is_half)
+        masters = sum(flat.plan.local_numel for flat in new._shards.flats if flat.is_half)
         assert copied == [masters, masters]
 
         manager.load(1, model=new_model, optimizer=new)
@@ -96,12 +96,12 @@ def check(rank: int, world_size: int, folder: str, dtype: torch.dtype) -> None:
         assert_bits(state_of(new), before)
         new.load(Path(folder, "step_1"), timeout=20)
         assert_bits(state_of(new), wanted)
-        assert copied[-1] == sum(tensor.numel() for flat in new._flats for tensor in flat.state.values())
+        assert copied[-1] == sum(tensor.numel() for flat in new._shards.flats for tensor in flat.state.values())
     finally:
         optimizer_part._memory_for = original
 
     _, other = pair(dtype)
-    for flat in other._flats:
+    for flat in other._shards.flats:
         flat.state["exp_avg"].data.fill_(-0.0)  # which no counter of versions sees
     before = state_of(other)
     with pytest.raises(CheckpointError, match="the file is damaged"):

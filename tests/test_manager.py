@@ -437,7 +437,7 @@ def check_memory(rank: int, world_size: int, folder: str) -> None:
         assert attempt == 0 or (save < slack and kept < slack), (save / mib, kept / mib)
         load, kept = peak_growth(lambda place=place: optimizer.load(place, timeout=20))
         assert attempt == 0 or (load < shard + slack and kept < slack), (load / mib, kept / mib)
-        for flat in optimizer._flats:
+        for flat in optimizer._shards.flats:
             for tensor in flat.state.values():
                 tensor.zero_()  # as in a new optimizer
         load, kept = peak_growth(lambda place=place: optimizer.load(place, timeout=20))
@@ -468,7 +468,9 @@ def check_reads(rank: int, world_size: int, folder: str) -> None:
         read.clear()
         ShardedRAdam(model.named_parameters(), bucket_cap_mb=0.1).load(folder)
     moments = sum(e.length for e in read if e.length > 2000)
-    own = sum(b - a for flat in optimizer._flats for slot in range(len(flat.params)) for a, b in flat.spans(slot))
+    own = sum(
+        b - a for flat in optimizer._shards.flats for slot in range(len(flat.params)) for a, b in flat.spans(slot)
+    )
     assert 8 * own <= moments < 8 * own + 4000 * len(read)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import logging
 import pickle
 import re
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.buckets.flat import Flat
+from sharded_radam.step import engine_of
 from tests.cases import STEPS, assert_same, make_params, set_grads
 
 
@@ -399,7 +401,7 @@ def test_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
 def test_engine_by_flags() -> None:
     def engine(**flags: Any) -> str:
         optimizer = ShardedRAdam([one()], **flags)
-        return optimizer._engine(optimizer._flats[0])
+        return engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0])
 
     assert engine() == "fused"
     assert engine(fused=True) == "fused"
@@ -431,11 +433,19 @@ def test_torch_save_of_parameters_and_state_has_their_size_only() -> None:
 
 
 def test_memory_is_freed_with_the_optimizer() -> None:
-    import gc
-    import weakref
-
-    optimizer = ShardedRAdam(make_params())
-    flats: list[weakref.ref[Flat]] = [weakref.ref(flat) for flat in optimizer._flats]
-    del optimizer
-    gc.collect()
-    assert [flat() for flat in flats] == [None]
+    """At once, by reference counts: nothing that it has knows of it."""
+    ShardedRAdam([one()])  # torch keeps the frames of the first optimizer, in which it imports something
+    gc.disable()
+    try:
+        for sharded in (False, True):
+            params = make_params()
+            optimizer = ShardedRAdam(params, shard_gradients=sharded)
+            set_grads(params, 1)
+            optimizer.step()
+            optimizer.add_param_group({"params": [one()]})
+            optimizer.state_dict()
+            held: list[weakref.ref[Any]] = [weakref.ref(each) for each in (optimizer, *optimizer._shards.flats)]
+            del optimizer
+            assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()

@@ -80,7 +80,7 @@ class Held:
 def step_and_hold(optimizer: ShardedRAdam, model: nn.Module) -> None:
     for param in model.parameters():
         param.grad = torch.ones_like(param)
-    network = optimizer._network
+    network = optimizer._shards.transport
     gather = type(network).all_gather
     with mock.patch.object(network, "all_gather", lambda bucket: [Held(h) for h in gather(network, bucket)]):
         optimizer.step()
@@ -140,8 +140,8 @@ def check_readers(rank: int, world_size: int) -> None:
         read(model, optimizer)
         if name != "step":
             assert all(type(param) is Parameter for param in model.parameters()), name
-        assert Held.waited == 2 * (world_size - 1) * optimizer._flats[0].plan.num_buckets, name
-        optimizer._wait_for_parameters()
+        assert Held.waited == 2 * (world_size - 1) * optimizer._shards.flats[0].plan.num_buckets, name
+        optimizer._shards.wait()
     for name, touch in NOT_READERS.items():
         step_and_hold(optimizer, model)
         touch(model, optimizer)
@@ -157,7 +157,9 @@ def check_readers(rank: int, world_size: int) -> None:
             waits.append(Held.waited)
     assert len(set(waits)) > 2, "each module waits for its own buckets"
     assert waits == sorted(waits)
-    everywhere = optimizer._network.all_gather_objects([param.detach().clone() for param in model.parameters()])
+    everywhere = optimizer._shards.transport.all_gather_objects(
+        [param.detach().clone() for param in model.parameters()]
+    )
     for other in everywhere:
         assert_same(other, everywhere[0])
 
@@ -192,7 +194,7 @@ def check_threads(rank: int, world_size: int) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        everywhere = optimizer._network.all_gather_objects(found[0])
+        everywhere = optimizer._shards.transport.all_gather_objects(found[0])
         for other in (*found, *everywhere):
             assert_same(other, found[0])
 
@@ -340,4 +342,4 @@ def shared_bytes(rank: int, world_size: int, share: bool) -> int:
     assert all(param.sum() == param.numel() for param in params)
     dist.barrier()
     grown = proportional() - before
-    return int(sum(optimizer._network.all_gather_objects(grown)))
+    return int(sum(optimizer._shards.transport.all_gather_objects(grown)))

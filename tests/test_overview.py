@@ -33,7 +33,7 @@ def check_step(rank: int, world_size: int) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             params = make_params(dtype)
             optimizer = ShardedRAdam(params, transport=transport, bucket_cap_mb=1e-2)
-            (flat,) = optimizer._flats
+            (flat,) = optimizer._shards.flats
             built = optimizer.stats()
             assert (built.steps, built.collectives, built.milliseconds) == (0, {}, {})
             for step in range(1, NUM_STEPS + 1):
@@ -76,7 +76,7 @@ def check_gradients(_rank: int, world_size: int) -> None:
             optimizer = ShardedRAdam(
                 model.parameters(), transport=transport, bucket_cap_mb=1e-2, shard_gradients=True, lr=1e-4
             )
-            (flat,) = optimizer._flats
+            (flat,) = optimizer._shards.flats
             for _ in range(NUM_STEPS):
                 model(torch.ones(3, 17, dtype=dtype)).sum().backward()
                 optimizer.step()

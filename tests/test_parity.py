@@ -170,7 +170,7 @@ def check_padding(_rank: int, world_size: int) -> None:
     for flags in ({"fused": True}, {"foreach": True}, {"foreach": False}):
         params, clean = make_params(), make_params()
         optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, eps=0.0, **flags)  # type: ignore[arg-type]
-        (flat,) = optimizer._flats
+        (flat,) = optimizer._shards.flats
         is_data = torch.zeros(flat.plan.numel, dtype=torch.bool)
         for slot in flat.plan.slots:
             is_data[slot.start : slot.start + slot.numel] = True
@@ -181,7 +181,7 @@ def check_padding(_rank: int, world_size: int) -> None:
         reference = ShardedRAdam(clean, bucket_cap_mb=1e-3, eps=0.0, **flags)  # type: ignore[arg-type]
         train(reference, clean)
         assert_same(params, clean)
-        own = sum(piece.numel for piece in flat.plan.pieces(optimizer._network.rank))
+        own = sum(piece.numel for piece in flat.plan.pieces(optimizer._shards.transport.rank))
         assert int((flat.state["exp_avg"] != 0).sum()) <= own
         assert world_size * flat.plan.local_numel == flat.plan.numel
 

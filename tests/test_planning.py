@@ -54,7 +54,7 @@ def check_ours(_rank: int, world_size: int, folder: str) -> None:
                 assert memory.moments + memory.masters == found.state_bytes
                 assert (planned.numel, planned.num_buckets) == (found.numel, found.num_buckets)
                 assert planned.padding_numel == found.padding_numel
-                assert memory.parameters == sum(flat.buffer.nbytes for flat in optimizer._flats)
+                assert memory.parameters == sum(flat.buffer.nbytes for flat in optimizer._shards.flats)
                 assert row.parameters_received == found.received_bytes.get("all_gather", 0)
                 if shard_gradients:
                     assert (memory.gradients, memory.buckets) == (found.gradient_bytes, found.bucket_bytes)

@@ -235,11 +235,11 @@ def check_nothing_is_left(rank: int, world_size: int) -> int:
         before = now
         time.sleep(0.1)
     optimizer = ShardedRAdam([Parameter(torch.ones(1000)), Parameter(torch.ones(3).double())], shard_gradients=True)
-    assert isinstance(optimizer._network, SharedMemoryTransport)
+    assert isinstance(optimizer._shards.transport, SharedMemoryTransport)
     held: int = process.num_fds() - before
     assert not Path("/dev/shm").is_dir() or set(os.listdir("/dev/shm")) <= shm
     dist.barrier()
-    optimizer._network.signals.close()
+    optimizer._shards.transport.signals.close()
     return held
 
 

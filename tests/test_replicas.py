@@ -260,9 +260,9 @@ def test_one_copy_of_the_parameters_is_not_compared(tmp_path: Path, world_size: 
 
 def check_debug(rank: int, world_size: int) -> None:
     with mock.patch.dict("os.environ", {"TORCH_DISTRIBUTED_DEBUG": "INFO"}):
-        assert ShardedRAdam(net().parameters())._options.check_replicas == 100
+        assert ShardedRAdam(net().parameters())._shards.options.check_replicas == 100
     with mock.patch.dict("os.environ", {"TORCH_DISTRIBUTED_DEBUG": "OFF"}):
-        assert ShardedRAdam(net().parameters())._options.check_replicas == 0
+        assert ShardedRAdam(net().parameters())._shards.options.check_replicas == 0
     with pytest.raises(ValueError, match="check_replicas=-1: expected a number of steps, or 0"):
         ShardedRAdam(net().parameters(), check_replicas=-1)
 

@@ -46,7 +46,7 @@ def check_norms(rank: int, world_size: int) -> None:
         assert ours.sharded.grad_norm().item() == pytest.approx(norm / 3, rel=1e-4)
         assert ours.sharded.clip_grad_norm_(norm).item() == pytest.approx(norm / 3, rel=1e-4)
         assert ours.sharded.grad_norm().item() == pytest.approx(norm / 3, rel=1e-4)
-        everywhere = ours.sharded._network.all_gather_objects(norm)
+        everywhere = ours.sharded._shards.transport.all_gather_objects(norm)
         assert everywhere == [norm] * world_size
         with pytest.raises(ValueError, match="norm_type=0: expected a number above 0"):
             ours.sharded.grad_norm(0)
@@ -54,7 +54,7 @@ def check_norms(rank: int, world_size: int) -> None:
         assert ours.sharded.grad_norm() == 0
         ours.backward(1)
         if rank == 0:
-            next(iter(ours.sharded._gradients.sums)).narrow(0, 0, 1).fill_(float("nan"))  # type: ignore[union-attr]
+            next(iter(ours.sharded._shards.gradients.sums)).narrow(0, 0, 1).fill_(float("nan"))  # type: ignore[union-attr]
         with pytest.raises(RuntimeError, match=r"the norm of order 2\.0 of the gradients is nan"):
             ours.sharded.clip_grad_norm_(1.0, error_if_nonfinite=True)
     stage1 = ShardedRAdam(Net().parameters())
@@ -137,9 +137,9 @@ def check_bytes(rank: int, world_size: int) -> None:
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(24)))
         optimizer = ShardedRAdam(model.parameters(), transport=transport, shard_gradients=True, bucket_cap_mb=0.5)
         numel = sum(param.numel() for param in model.parameters())
-        gradients = optimizer._gradients
+        gradients = optimizer._shards.gradients
         assert gradients is not None
-        (flat,) = optimizer._flats
+        (flat,) = optimizer._shards.flats
         assert [total.nbytes for total in gradients.sums] == [4 * flat.plan.local_numel]
         assert 4 * flat.plan.local_numel < 4 * numel / world_size * 1.05
         bucket, held, most = 4 * flat.plan.bucket_numel, Counter[str](), [0]
@@ -191,7 +191,7 @@ def check_counts(rank: int, world_size: int) -> None:
         order = (4, 1, 7, 0, 8, 3, 2, 6, 5)  # of use, other than that of registration
         model = nn.ModuleList(layers)
         optimizer = ShardedRAdam(model.parameters(), shard_gradients=True, transport=transport, bucket_cap_mb=0.02)
-        gradients, network = optimizer._gradients, optimizer._network
+        gradients, network = optimizer._shards.gradients, optimizer._shards.transport
         assert gradients is not None
         sent: list[Launch] = []
         send = gradients._send
@@ -216,7 +216,7 @@ def check_counts(rank: int, world_size: int) -> None:
                     x = torch.tanh(layers[index](x))
                 x.sum().backward()  # type: ignore[no-untyped-call]
                 in_backward = len(sent)
-                buckets = optimizer._flats[0].plan.num_buckets
+                buckets = optimizer._shards.flats[0].plan.num_buckets
                 with mock.patch.object(network, "all_gather", gathering):
                     gathers.clear()
                     optimizer.step()
@@ -274,7 +274,7 @@ def check_broadcast(rank: int, world_size: int) -> None:
     assert_same(net.buffers(), wanted.buffers())
     torch.testing.assert_close(halves[0].detach(), torch.randn(130).bfloat16())
     assert_same([halves[1].detach()], [torch.randn(7, 3).t()])
-    master = next(flat for flat in optimizer._flats if flat.is_half)
+    master = next(flat for flat in optimizer._shards.flats if flat.is_half)
     assert torch.equal(master.state["master"].bfloat16(), master.buffer.chunk(world_size)[rank])
 
 
@@ -375,7 +375,7 @@ def check_new_optimizer(rank: int, world_size: int) -> None:
     second.step()
     radam.step()
     assert_same(net.parameters(), reference.parameters())
-    flats = [weakref.ref(flat) for flat in first._flats]
+    flats = [weakref.ref(flat) for flat in first._shards.flats]
     del first
     gc.collect()
     assert all(flat() is None for flat in flats)
@@ -425,4 +425,4 @@ def test_copies_have_gradients_of_their_own() -> None:
     assert optimizer.state[net.weight]["step"] == 0
     optimizer.step()
     assert_same(net.parameters(), both[0].parameters())
-    assert isinstance(both[1]._flats[0], Flat)
+    assert isinstance(both[1]._shards.flats[0], Flat)

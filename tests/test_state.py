@@ -216,13 +216,13 @@ def check_memory(rank: int, world_size: int) -> None:
     """Beyond the result the target allocates one bucket, the others nothing; nothing stays."""
     params = [Parameter(torch.zeros(500_000)), Parameter(torch.zeros(300, 1000))]
     optimizer = ShardedRAdam(params, bucket_cap_mb=0.5)
-    bucket_bytes = max(flat.plan.bucket_numel for flat in optimizer._flats) * 4
+    bucket_bytes = max(flat.plan.bucket_numel for flat in optimizer._shards.flats) * 4
     with Sum() as created:
         optimizer.consolidate_state_dict(to=0)
     result = 2 * 4 * 800_000 if rank == 0 else 0
     assert created.total <= result + (bucket_bytes if rank == 0 else 0) + 4096
     train(optimizer, params, 1, 1)
-    assert optimizer._consolidated is None
+    assert optimizer._shards.consolidated is None
 
 
 def check_forgotten(rank: int, world_size: int, folder: str) -> None:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.compat import ALL_GATHER
+from sharded_radam.step import update_bucket
 from sharded_radam.transport import make_transport
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
@@ -48,7 +49,7 @@ def check_counts(rank: int, world_size: int) -> None:
         with counted() as at_construction:
             optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
         assert not at_construction  # ranks meet in the store
-        (flat,) = optimizer._flats
+        (flat,) = optimizer._shards.flats
         assert flat.plan.num_buckets > 3
         set_grads(params, 1)
         with counted() as at_first:
@@ -95,7 +96,7 @@ def check_transports(_rank: int, world_size: int) -> None:
     for transport in ("gloo", "native", "shared_memory", None):
         params = [p for dtype in dtypes for p in make_params(dtype)]
         optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport=transport)
-        assert optimizer._network.name == ("none" if world_size == 1 else transport or "shared_memory")
+        assert optimizer._shards.transport.name == ("none" if world_size == 1 else transport or "shared_memory")
         for step in range(1, 8):
             set_grads(params, step, missing_at(step))
             optimizer.step()
@@ -184,7 +185,7 @@ def check_sub_groups(rank: int, world_size: int) -> None:
                 set_grads(params, step)
                 optimizer.step()
         assert_same(ours, theirs)
-        assert sharded._network.world_size == len(members)
+        assert sharded._shards.transport.world_size == len(members)
         saved = sharded.consolidate_state_dict(to=len(members) - 1)
         assert (saved is not None) == (rank == members[-1])
         if saved is not None:
@@ -206,10 +207,10 @@ def check_few_elements(_rank: int, world_size: int) -> None:
             optimizer.step()
     assert_same(ours, theirs)
     assert sharded.state[ours[0]]["step"] == 8
-    assert sharded.state[ours[0]]["exp_avg"].numel() == (1 if world_size == 1 or sharded._network.rank == 0 else 0)
+    assert sharded.state[ours[0]]["exp_avg"].numel() == int(sharded._shards.transport.rank == 0)
     empty = ShardedRAdam([Parameter(torch.ones(0, 3))])
     empty.step()
-    assert (empty.consolidate_state_dict() is None) == (sharded._network.rank != 0)
+    assert (empty.consolidate_state_dict() is None) == (sharded._shards.transport.rank != 0)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -221,7 +222,7 @@ def check_many_buckets(_rank: int, _world_size: int) -> None:
     """Hundreds of messages in flight arrive where they belong."""
     params = [Parameter(torch.zeros(100_000))]
     optimizer = ShardedRAdam(params, bucket_cap_mb=1e-6, lr=1.0)
-    assert optimizer._flats[0].plan.num_buckets > 380
+    assert optimizer._shards.flats[0].plan.num_buckets > 380
     params[0].grad = torch.arange(100_000.0)
     optimizer.step()
     torch.testing.assert_close(params[0].detach(), -torch.arange(100_000.0))
@@ -237,7 +238,7 @@ def check_overlap(_rank: int, _world_size: int) -> None:
     params = make_params()
     optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3)
     order: list[str] = []
-    network, update = optimizer._network, optimizer._update
+    network, update = optimizer._shards.transport, update_bucket
     gather = network.all_gather
 
     class Waits:
@@ -257,9 +258,9 @@ def check_overlap(_rank: int, _world_size: int) -> None:
         update(*args)
 
     set_grads(params, 1)
-    with mock.patch.object(network, "all_gather", gathering), mock.patch.object(optimizer, "_update", updating):
+    with mock.patch.object(network, "all_gather", gathering), mock.patch("sharded_radam.step.update_bucket", updating):
         optimizer.step()
-    buckets = optimizer._flats[0].plan.num_buckets
+    buckets = optimizer._shards.flats[0].plan.num_buckets
     assert order[: 2 * buckets] == ["update", "gather"] * buckets
     assert set(order[2 * buckets :]) <= {"wait"}
 

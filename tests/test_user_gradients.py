@@ -249,7 +249,7 @@ def check_pieces(rank: int, world_size: int) -> None:
             grad.add_(1)
 
         optimizer.map_grads_(note)
-        everywhere = optimizer._network.all_gather_objects([seen[id(param)] for param in weights])
+        everywhere = optimizer._shards.transport.all_gather_objects([seen[id(param)] for param in weights])
         for index, param in enumerate(weights):
             elements = sorted(e for each in everywhere for e in each[index])
             assert elements == sorted([*range(param.numel())] * (1 if sharded else world_size))

@@ -253,12 +253,6 @@ class Flat:
         param.copy_(torch.where(is_rounded, wide, param))
         return bool(is_rounded.any())
 
-    def set_local_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
-        """The same for tensors shaped as ``local_state``."""
-        for name, tensor in (tensors or {}).items():
-            self.local_state[slot][name].copy_(tensor)
-        self._complete_state(slot, tensors)
-
     def _complete_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         for name, view in self.local_state[slot].items():
             if name not in (tensors or {}):
@@ -335,10 +329,13 @@ class Flat:
     def take_back_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy what somebody has put into the state, whole or the own part, into new views; zeros where it is None."""
         self.local_state[slot] = self._views_of_state(slot)
-        if tensors and tensors["exp_avg"].shape != self.local_state[slot]["exp_avg"].shape:
-            self.set_state(slot, tensors)
+        views = self.local_state[slot]
+        if tensors and tensors["exp_avg"].shape == views["exp_avg"].shape:
+            for name, tensor in tensors.items():
+                views[name].copy_(tensor)
+            self._complete_state(slot, tensors)
         else:
-            self.set_local_state(slot, tensors)
+            self.set_state(slot, tensors)
         self._state_addresses = self._addresses_of_state()
 
     def take_notes(self, old: Iterable[Flat]) -> None:

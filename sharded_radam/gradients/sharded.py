@@ -41,7 +41,7 @@ from sharded_radam.buckets.flat import Flat, find_slot
 from sharded_radam.buckets.memory import as_real, zeros
 from sharded_radam.gradients.grad_shard import GradShard
 from sharded_radam.gradients.schedule import Launch, Progress, Slots, make_schedule
-from sharded_radam.state.dicts import gather_slot, move
+from sharded_radam.state.gather import gather_slot, move
 from sharded_radam.transport import Reducer, Transport
 
 logger = logging.getLogger("sharded_radam")

@@ -39,12 +39,15 @@ class FakeTransport(NativeTransport):
         return tensor
 
 
+def _connect(choice: Choice) -> Transport:
+    assert choice.group is not None
+    return FakeTransport(choice.group, choice.device)
+
+
 class FakeOptimizer(ShardedRAdam):
     """ShardedRAdam with that transport."""
 
-    def _connect(self, choice: Choice) -> Transport:
-        assert choice.group is not None
-        return FakeTransport(choice.group, choice.device)
+    _connect = staticmethod(_connect)
 
 
 @dataclass(frozen=True, slots=True)

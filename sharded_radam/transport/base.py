@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sharded_radam.store.meeting import LostError, Meeting, is_agreed
 from sharded_radam.transport.meter import Meter
-from sharded_radam.transport.reducers import HALF_DTYPES, AloneReducer, Reducer
+from sharded_radam.transport.reducers import AloneReducer, Reducer
 
 _TAG = 0x5AD0
 """Point-to-point messages of ours carry tags from here on, apart from a user's own, which are mostly small."""
@@ -249,13 +249,6 @@ class Transport(ABC):
         self.gather_to_all(row, table.view(-1))
         return table.cpu()
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """Mean over the ranks, out of place, real or complex; half precision is summed in fp32."""
-        wide = tensor.float() if tensor.dtype in HALF_DTYPES else tensor.clone()
-        with self._losing():
-            dist.all_reduce(torch.view_as_real(wide) if wide.is_complex() else wide, group=self.group)
-        return (wide / self.world_size).to(tensor.dtype)
-
 
 class Alone(Transport):
     """One rank, or no process group at all: nothing to communicate."""
@@ -278,9 +271,6 @@ class Alone(Transport):
 
     def all_gather_objects(self, item: object) -> list[Any]:
         return [item]
-
-    def average(self, tensor: Tensor) -> Tensor:
-        return tensor.clone()
 
     def broadcast(self, tensor: Tensor) -> None:
         pass
