@@ -34,7 +34,6 @@ from sharded_radam.buckets.memory import (
 )
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
-from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.compat import check_graph_capture
@@ -47,6 +46,7 @@ from sharded_radam.state import dicts as states
 from sharded_radam.state.values import copied, without_numpy
 from sharded_radam.stats import Stats, ownership, stats
 from sharded_radam.store.meeting import Meeting
+from sharded_radam.store.peers import Peers
 from sharded_radam.transport import Alone, Choice, Handle, Transport, choose
 from sharded_radam.uneven_inputs import ShadowSteps, share_gradients
 

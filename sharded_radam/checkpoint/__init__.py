@@ -11,10 +11,10 @@ size. ``ShardedRAdam.save`` and ``load`` do one optimizer, :class:`CheckpointMan
     conversions           convert/                what one process makes of a checkpoint
 """
 
-from sharded_radam.checkpoint.agreement import CheckpointError
 from sharded_radam.checkpoint.manager import CheckpointManager
 from sharded_radam.checkpoint.optimizer import LoadReport
 from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.training import Restored
+from sharded_radam.store.agreement import CheckpointError
 
 __all__ = ["CheckpointError", "CheckpointManager", "LoadReport", "Restored", "SaveReport"]

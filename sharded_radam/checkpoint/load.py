@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
 from sharded_radam.checkpoint.format.chunks import DataFiles
 from sharded_radam.checkpoint.format.index import Index, read_index
 from sharded_radam.checkpoint.format.reading import Reads, Target, plan_reads, put_back, read
-from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.undo import Change, change_all
+from sharded_radam.store.agreement import Agreement
+from sharded_radam.store.offers import absolute, expect_same
+from sharded_radam.store.peers import Peers
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def load_checkpoint(
     changes: Sequence[Change] = ()
     apply: Callable[[], T] | None = None
     try:
-        with Agreement(peers, f"loading {absolute(path)}", timeout) as agreement:
+        with Agreement.begin(peers, f"loading {absolute(path)}", timeout) as agreement:
             try:
                 folder = Path(os.path.abspath(path))
                 index = read_index(folder)

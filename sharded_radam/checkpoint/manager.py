@@ -14,13 +14,11 @@ import torch.distributed as dist
 
 import sharded_radam.checkpoint.format.directory as directory
 import sharded_radam.checkpoint.retention as retention
-from sharded_radam.checkpoint.agreement import Agreement, absolute
 from sharded_radam.checkpoint.format.chunks import DataFiles
 from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.reading import Target
 from sharded_radam.checkpoint.load import load_checkpoint
 from sharded_radam.checkpoint.parts import Opaque, Staging
-from sharded_radam.checkpoint.peers import Peers, ranks_of
 from sharded_radam.checkpoint.save import Save, Saved, SaveReport
 from sharded_radam.checkpoint.training import (
     Restored,
@@ -32,6 +30,9 @@ from sharded_radam.checkpoint.training import (
     setting_random_states,
 )
 from sharded_radam.checkpoint.undo import Change
+from sharded_radam.store.agreement import Agreement
+from sharded_radam.store.offers import absolute
+from sharded_radam.store.peers import Peers, ranks_of
 
 logger = logging.getLogger("sharded_radam")
 
@@ -136,7 +137,7 @@ class CheckpointManager:
                 raise ValueError(f"there is none, only steps {[*records]}")
             act(records[number], path)
 
-        with Agreement(self._peers, f"{what} {absolute(path)}", self._timeout) as agreement:
+        with Agreement.begin(self._peers, f"{what} {absolute(path)}", self._timeout) as agreement:
             agreement.decide(None, problem, decide)
 
     # Saving
@@ -234,7 +235,8 @@ class CheckpointManager:
     def load_latest(self, **parts: Any) -> Restored | None:
         """Load the largest step of the branch that was written last, as ``load`` does; None if there is none."""
         self.wait()
-        with Agreement(self._peers, f"looking for checkpoints in {absolute(self.folder)}", self._timeout) as agreement:
+        what = f"looking for checkpoints in {absolute(self.folder)}"
+        with Agreement.begin(self._peers, what, self._timeout) as agreement:
             # Rank 0 looks: a network file system may show others something else.
             step = agreement.decide(None, decide=lambda offers: self._latest())
         return None if step is None else self.load(step, **parts)

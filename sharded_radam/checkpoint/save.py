@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 import sharded_radam.checkpoint.format.directory as directory
-from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
 from sharded_radam.checkpoint.format.chunks import DataFile, Extent, encode
 from sharded_radam.checkpoint.format.index import MANIFEST, METADATA, write_index
 from sharded_radam.checkpoint.format.metadata import Box, SavedTensor
 from sharded_radam.checkpoint.format.verification import check_coverage
 from sharded_radam.checkpoint.parts import Staging, contents
-from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.replicas import NO_FACTS, Facts, fingerprint, first_difference
+from sharded_radam.store.agreement import Agreement
+from sharded_radam.store.offers import absolute, expect_same
+from sharded_radam.store.peers import Peers
 
 _SEEN_WITHIN_S = 10.0
 """Network file systems may show a new directory late."""
@@ -96,7 +97,7 @@ class Save:
         self._leftovers = leftovers
         self._unfinished: Path | None = None
         self._hold: directory.Hold | None = None
-        self._agreement = Agreement(peers, f"saving {absolute(final)}", timeout)
+        self._agreement = Agreement.begin(peers, f"saving {absolute(final)}", timeout)
         self._info: dict[str, Any] = {"world_size": peers.world_size, "torch": torch.__version__, "time": time.time()}
         try:
             self._begin(final, collect)

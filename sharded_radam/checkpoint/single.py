@@ -10,9 +10,9 @@ from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.reading import Target
 from sharded_radam.checkpoint.load import load_checkpoint
 from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
-from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.save import Save, Saved, SaveReport
 from sharded_radam.checkpoint.undo import Change
+from sharded_radam.store.peers import Peers
 
 
 def save_optimizer(

@@ -22,11 +22,11 @@ from sharded_radam.checkpoint.model import model_content, model_targets
 from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart, Prepared, list_differences
 from sharded_radam.checkpoint.other_optimizer import OtherPart
 from sharded_radam.checkpoint.parts import Opaque
-from sharded_radam.checkpoint.peers import ranks_of
 from sharded_radam.checkpoint.undo import Change, may_fail, remember_model, remember_object, reset
 from sharded_radam.replicas import Facts
 from sharded_radam.state.dicts import Entry, plain_name
 from sharded_radam.state.values import is_dense_tensor
+from sharded_radam.store.peers import ranks_of
 
 Name = tuple[str, ...]
 """Keys of nested dicts, positions in lists; () where there is one object alone."""

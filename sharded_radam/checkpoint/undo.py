@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sharded_radam.checkpoint.agreement import Agreement
+from sharded_radam.store.agreement import Agreement
 
 logger = logging.getLogger("sharded_radam")
 

@@ -21,9 +21,9 @@ from sharded_radam.checkpoint.format.saved_optimizer import (
     read_options,
 )
 from sharded_radam.checkpoint.format.verification import check_coverage
-from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.save import Save, Saved, SaveReport
 from sharded_radam.state.values import equal
+from sharded_radam.store.peers import Peers
 
 Progress = Callable[[int], object]
 

@@ -8,11 +8,12 @@ import time
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sharded_radam.checkpoint.peers import Line
 from sharded_radam.store.board import pauses
 from sharded_radam.store.liveness import Address, Watch
+from sharded_radam.store.peers import Line
 
 _LATE_S = 2.0
+"""How long who comes late for an operation that has failed waits for the others to call it again."""
 
 
 class FailedError(Exception):
