@@ -33,13 +33,16 @@ from sharded_radam.buckets.memory import (
     unflatten,
 )
 from sharded_radam.buckets.range_tensor import RangeTensor
-from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
-from sharded_radam.checkpoint.save import SaveReport
-from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
+from sharded_radam.checkpoint.format.chunks import DataFiles
+from sharded_radam.checkpoint.format.index import Index
+from sharded_radam.checkpoint.load import load_checkpoint
+from sharded_radam.checkpoint.optimizer import Entries, OptimizerPart, OptimizerPlan
+from sharded_radam.checkpoint.report import LoadReport
+from sharded_radam.checkpoint.save import Save, SaveReport
 from sharded_radam.compat import check_graph_capture
 from sharded_radam.gradients.sharded import ShardedGradients, check_not_wrapped
 from sharded_radam.plan import ShardPlan, make_plan
-from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, has_members
+from sharded_radam.preflight import Draft, agree, broadcast_, check_groups, complete_groups, describe, has_members
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state import dicts as states
@@ -1021,7 +1024,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._follow_groups()
         what = f"load_state_dict() {self._when()}"
         groups, entries, others = self._network.meeting.attempt(what, lambda: self._read_state_dict(state_dict))
-        self._load(groups, entries)
+        self.adopt(groups, entries)
         for key, value in others.items():
             self.state[key] = deepcopy(value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -1047,19 +1050,15 @@ class ShardedRAdam(RAdam, Joinable):
             for flat in self._flats
         ]
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
-        self._check_groups(groups)
+        check_groups(groups, bool(self._options.fused))
         taken = {param for flat in self._flats for param in flat.params}
         others = {key: value for key, value in states.other_state(by_param, state_dict).items() if key not in taken}
         return groups, entries, others
 
-    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        for index, group in enumerate(groups):
-            describe([group], index, bool(self._options.fused))
-
     @torch.inference_mode(False)  # what is loaded takes steps later
     @torch.no_grad()
-    def _load(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[states.Entry | None]]) -> int:
-        """Take over what was checked before; parameters without an entry keep their state.
+    def adopt(self, groups: list[dict[str, Any]], entries: Entries) -> int:
+        """Take over what was checked before, for CheckpointManager; parameters without an entry keep their state.
 
         Returns:
             Of how many parameters, which are not of half precision, the weights are now the saved masters.
@@ -1152,7 +1151,8 @@ class ShardedRAdam(RAdam, Joinable):
         Raises:
             CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
         """
-        return save_optimizer(path, lambda: self.checkpoint_part(model), Peers.of(self.process_group), timeout)
+        peers = Peers.of(self.process_group)
+        return Save.begin(path, lambda: self.checkpoint_part(model).collect(), peers, timeout).write()
 
     def load(
         self,
@@ -1181,8 +1181,12 @@ class ShardedRAdam(RAdam, Joinable):
             CheckpointError: on every rank the same: no checkpoint, a damaged one, or other parameters. The optimizer is
                 unchanged then.
         """
-        peers = Peers.of(self.process_group)
-        return load_optimizer(path, lambda: self.checkpoint_part(model), peers, timeout, strict, prefix)
+
+        def prepare(index: Index, files: DataFiles) -> OptimizerPlan:
+            return self.checkpoint_part(model).prepare(index, files, strict, prefix)
+
+        plan = load_checkpoint(path, Peers.of(self.process_group), timeout, prepare)
+        return plan.adopted(self.adopt(plan.groups, plan.entries()))
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""
@@ -1196,8 +1200,7 @@ class ShardedRAdam(RAdam, Joinable):
             self.param_groups,
             self.state,
             model,
-            self._check_groups,
-            self._load,
+            bool(self._options.fused),
             self._network.has_one_copy,
         )
 

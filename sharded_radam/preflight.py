@@ -57,6 +57,12 @@ def describe(
     return list(found), list(found.values())
 
 
+def check_groups(groups: Sequence[Mapping[str, Any]], fused: bool) -> None:
+    """Raise ValueError for groups that an optimizer cannot have; whether one of them fits another is not looked at."""
+    for index, group in enumerate(groups):
+        describe([group], index, fused)
+
+
 def number(group: Mapping[str, Any], index: int) -> list[str]:
     """Names for the parameters of a group that has none."""
     return [f"{index}.{position}" for position in range(len(group["params"]))]

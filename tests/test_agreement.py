@@ -28,7 +28,7 @@ from sharded_radam.checkpoint import load as loading
 from sharded_radam.checkpoint import save as saving
 from sharded_radam.checkpoint.format import chunks as files
 from sharded_radam.checkpoint.format import directory
-from sharded_radam.checkpoint.parts import Staging
+from sharded_radam.checkpoint.staging import Staging
 from sharded_radam.store import liveness
 from sharded_radam.store.agreement import Agreement
 from sharded_radam.store.board import Board

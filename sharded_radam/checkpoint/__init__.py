@@ -12,7 +12,7 @@ size. ``ShardedRAdam.save`` and ``load`` do one optimizer, :class:`CheckpointMan
 """
 
 from sharded_radam.checkpoint.manager import CheckpointManager
-from sharded_radam.checkpoint.optimizer import LoadReport
+from sharded_radam.checkpoint.report import LoadReport
 from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.training import Restored
 from sharded_radam.store.agreement import CheckpointError

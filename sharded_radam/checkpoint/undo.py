@@ -65,6 +65,11 @@ def _try(what: str, action: Callable[[], Any]) -> Any:
         raise ValueError(text) from error
 
 
+def loading_into(thing: Any, what: str, state: Any) -> Change:
+    """Anything with ``load_state_dict``."""
+    return Change(what, lambda: remember_object(thing), lambda: thing.load_state_dict(state))
+
+
 def remember_object(thing: Any) -> PutBack:
     """For anything with ``load_state_dict``: what puts its attributes back, and what its ``state_dict()`` is now."""
     attributes = dict(vars(thing)) if hasattr(thing, "__dict__") else {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharded_radam.checkpoint.convert.exporting import check_free, saved_tensor, write_new, write_torch
+from sharded_radam.checkpoint.draft import ToSave
 from sharded_radam.checkpoint.format.chunks import DataFiles
 from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.nesting import Names, read_nested
@@ -21,11 +22,14 @@ from sharded_radam.checkpoint.format.saved_optimizer import (
     read_options,
 )
 from sharded_radam.checkpoint.format.verification import check_coverage
-from sharded_radam.checkpoint.save import Save, Saved, SaveReport
+from sharded_radam.checkpoint.save import Save, SaveReport
 from sharded_radam.state.values import equal
 from sharded_radam.store.peers import Peers
 
 Progress = Callable[[int], object]
+
+_TIMEOUT_S = 600.0
+"""Which one process alone does not need."""
 
 
 def _silent(_: int) -> None:
@@ -156,7 +160,8 @@ def import_file(source: Path, output: Path, names: Sequence[str] | None = None) 
     }
     step = max((int(kinds["step"]) for kinds in state.values() if "step" in kinds), default=0)
     nested = {"optim": {"state": state, "param_groups": groups}, **({"model": model} if model else {})}
-    return Save(output, lambda: Saved(nested, {}, {"step": step}), Peers(0, 1, None), 600.0).write()
+    to_save = ToSave(nested, info={"step": step})
+    return Save.begin(output, lambda: to_save, Peers(0, 1, None), _TIMEOUT_S).write()
 
 
 def _dtype(kind: str, value: Any) -> torch.dtype:

@@ -25,7 +25,7 @@ MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESE
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class SavedBox:
     """The elements of a tensor at ``offsets``, ``sizes`` of them, and where they are stored."""
 
     offsets: tuple[int, ...]
@@ -39,7 +39,7 @@ class SavedTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[SavedBox, ...]
 
     @property
     def numel(self) -> int:
@@ -149,7 +149,7 @@ def _content(found: Any) -> Content:
             offsets, sizes = _checked(box["offsets"]), _checked(box["sizes"])
             if not len(offsets) == len(sizes) == len(shape):
                 raise TypeError("boxes of another number of dimensions than their tensor")
-            boxes.append(Box(offsets, sizes, stored.pop((key, offsets))))  # each is one tensor's
+            boxes.append(SavedBox(offsets, sizes, stored.pop((key, offsets))))  # each is one tensor's
         tensors[key] = SavedTensor(_dtype(described["properties"]), shape, tuple(boxes))
         _check_extents(key, tensors[key])
     nested = metadata.get("planner_data")

@@ -21,7 +21,7 @@ Names = dict[Path, str]
 """Paths within one value -> the names that its parts are saved under; ``()`` alone if it is saved in one piece."""
 
 
-def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+def flatten_nested(nested: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
     """Nested dicts and lists -> names with dots, and the keys that each is made of; as torch's checkpoints have it.
 
     Raises:
@@ -56,13 +56,13 @@ def _has_tensors_or_dicts(values: list[Any]) -> bool:
     )
 
 
-def parts(value: Any) -> dict[Path, Any]:
+def leaves_of(value: Any) -> dict[Path, Any]:
     """A value in torch's parts if these are all that there is to it; otherwise in one piece.
 
     torch makes text of all keys, lists of tuples, and nothing of what is empty.
     """
     try:
-        flat, paths = flatten({"": value})
+        flat, paths = flatten_nested({"": value})
         found = {paths[key][1:]: leaf for key, leaf in flat.items()}
         return found if found and _is_same(nest(found), value) else {(): value}
     except ValueError:  # two parts with one name
