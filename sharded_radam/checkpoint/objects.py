@@ -145,7 +145,7 @@ class Objects:
         """Where there are several of a kind, what is not asked for is missed."""
         keys = [*index.tensors, *index.objects]
         marks = (key.partition(".param_groups.") for key in keys)
-        optimizers = {before for before, mark, _ in marks if mark and f"{before}.".startswith("optim.")}
+        optimizers = {prefix for prefix, mark, _ in marks if mark and f"{prefix}.".startswith("optim.")}
         schedulers = {key for key in keys if f"{key}.".startswith("scheduler.")}
         left_out = [
             *_others((key for key in keys if key.startswith("model.")), "model", self.models),

@@ -80,7 +80,7 @@ class OptimizerPlan:
 
     def entries(self) -> Entries:
         """When the targets have been read."""
-        return [[None if into is None else into.entry() for into in slots] for slots in self.staged]
+        return [[state and state.entry() for state in slots] for slots in self.staged]
 
     def no_entries(self) -> Entries:
         """Those that leave all state alone."""
@@ -88,7 +88,7 @@ class OptimizerPlan:
 
     def adopted(self, from_masters: int) -> LoadReport:
         """The report, when the optimizer has adopted it."""
-        steps = [int(into.step.item()) for slots in self.staged for into in slots if into is not None]
+        steps = [int(state.step.item()) for slots in self.staged for state in slots if state is not None]
         return replace(self.report, step=max(steps, default=0), from_masters=from_masters)
 
 
@@ -172,9 +172,9 @@ class OptimizerPart:
         ranges = [
             tensor
             for slots in staged
-            for into in slots
-            if into is not None
-            for tensor in into.tensors.values()
+            for state in slots
+            if state is not None
+            for tensor in state.tensors.values()
             if isinstance(tensor, RangeTensor)
         ]
         report = LoadReport(

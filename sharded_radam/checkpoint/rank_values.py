@@ -69,7 +69,7 @@ def setting_random_states(states: dict[str, Any]) -> Change:
     """The last change, since others may draw random numbers."""
 
     def remember() -> PutBack:
-        before = random_states()
-        return lambda: set_random_states(before)
+        states_now = random_states()
+        return lambda: set_random_states(states_now)
 
     return Change("the random number generators", remember, lambda: set_random_states(states))

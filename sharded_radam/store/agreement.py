@@ -114,7 +114,9 @@ class Agreement:
     def __enter__(self) -> Agreement:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(error)
 
     @property
@@ -242,13 +244,13 @@ class Agreement:
 
     def _take(self, waiting: dict[int, str]) -> dict[int, Any]:
         """Posts that are there (waiting: without them)."""
-        found = {rank: post for rank, key in waiting.items() if (post := self._board.look(key)) is not None}
-        for rank, post in found.items():
+        posts = {rank: post for rank, key in waiting.items() if (post := self._board.look(key)) is not None}
+        for rank, post in posts.items():
             self._board.drop(waiting.pop(rank))
             if not self._stage:
                 address = post.get("offer", {}).get("address")
                 self._addresses[rank] = Address(*address) if address else None
-        return found
+        return posts
 
     def _find_lost(self, ranks: Iterable[int]) -> dict[int, str]:
         """Those of some ranks that are given up, and why."""

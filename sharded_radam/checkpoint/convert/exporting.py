@@ -44,6 +44,12 @@ _SAFE = {
 }
 """What a safetensors file calls them."""
 
+_LENGTH = struct.Struct("<Q")
+"""Of a safetensors file's header, before it."""
+
+_HEADER_ALIGNMENT = 8
+"""Bytes on a multiple of which the data begin there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Later:
@@ -57,7 +63,7 @@ class Later:
 def saved_tensor(index: Index, key: str, files: DataFiles) -> Later:
     """A tensor of a checkpoint as it was saved."""
     saved = index.tensors[key]
-    return Later(saved.dtype, saved.shape, lambda into: fill_tensor(into, saved, key, files))
+    return Later(saved.dtype, saved.shape, lambda memory: fill_tensor(memory, saved, key, files))
 
 
 # Weights
@@ -95,7 +101,7 @@ def export_model(index: Index, output: Path, fp32: bool, progress: Callable[[int
             if key not in index.tensors or name.endswith(EXTRA_STATE):
                 content[name] = read_nested(index, names, files)
             elif fp32 and index.tensors[key].dtype in HALF_DTYPES:
-                content[name] = _wide(index, key, masters.get(key), files)
+                content[name] = _in_fp32(index, key, masters.get(key), files)
             else:
                 content[name] = saved_tensor(index, key, files)
         is_safe = output.suffix == ".safetensors"
@@ -107,7 +113,7 @@ def export_model(index: Index, output: Path, fp32: bool, progress: Callable[[int
 
 def _masters(index: Index, files: DataFiles) -> dict[str, str]:
     """Keys of the model's tensors -> keys of their masters; a tied weight is saved once, under two names."""
-    found: dict[str, str] = {}
+    masters: dict[str, str] = {}
     for prefix in list_prefixes(index):
         group = prefix.partition(".")[2]
         for name, kinds in find_optimizer(index, files, prefix).state.items():
@@ -115,23 +121,23 @@ def _masters(index: Index, files: DataFiles) -> dict[str, str]:
             for key in (f"model.{group}.{name}", f"model.{name}"):
                 half, wide = index.tensors.get(key), index.tensors.get(master)
                 if half is not None and wide is not None and half.shape == wide.shape:
-                    found.setdefault(key, master)
-    of_boxes = {index.tensors[key].boxes: master for key, master in found.items() if index.tensors[key].numel}
+                    masters.setdefault(key, master)
+    of_boxes = {index.tensors[key].boxes: master for key, master in masters.items() if index.tensors[key].numel}
     tied = {key: of_boxes[saved.boxes] for key, saved in index.tensors.items() if saved.boxes in of_boxes}
-    return {**tied, **found}
+    return {**tied, **masters}
 
 
-def _wide(index: Index, key: str, master: str | None, files: DataFiles) -> Later:
+def _in_fp32(index: Index, key: str, master: str | None, files: DataFiles) -> Later:
     """An fp32 tensor of a half-precision one: the master, wherever that is rounded to it."""
     saved = index.tensors[key]
 
-    def fill(into: Tensor) -> None:
+    def fill(memory: Tensor) -> None:
         half = read_tensor(index, key, files)
         if master is None:
-            into.copy_(half)
+            memory.copy_(half)
             return
-        fill_tensor(into, index.tensors[master], master, files)
-        into.copy_(torch.where(into.to(half.dtype) == half, into, half.float()))
+        fill_tensor(memory, index.tensors[master], master, files)
+        memory.copy_(torch.where(memory.to(half.dtype) == half, memory, half.float()))
 
     return Later(torch.float32, saved.shape, fill)
 
@@ -170,11 +176,11 @@ def write_torch(path: Path, content: dict[str, Any]) -> None:
         torch.save(frame, path)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         written = torch.load(path, mmap=True, weights_only=True)
-    for value, into in zip(tree_leaves(content), tree_leaves(written), strict=True):
+    for value, memory in zip(tree_leaves(content), tree_leaves(written), strict=True):
         if isinstance(value, Later):
-            value.fill(into)
+            value.fill(memory)
         elif isinstance(value, Tensor):
-            into.copy_(value)
+            memory.copy_(value)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Later]) -> None:
@@ -184,24 +190,25 @@ def write_safetensors(path: Path, tensors: dict[str, Later]) -> None:
         ValueError: a tensor of a dtype that the format does not have.
     """
     header: dict[str, Any] = {}
-    at = 0
+    end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         if tensor.dtype not in _SAFE:
             raise ValueError(f"{name} is {tensor.dtype}, which safetensors do not have: export to a torch file")
         num_bytes = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-        offsets = [at, at := at + num_bytes]
+        offsets = [end, end := end + num_bytes]
         header[name] = {"dtype": _SAFE[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    data_start = _LENGTH.size + len(text)
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
+        file.write(_LENGTH.pack(len(text)) + text)
+        file.truncate(data_start + end)
     with path.open("r+b") as made, mmap.mmap(made.fileno(), 0) as memory:
         for name, tensor in tensors.items():
-            _fill(tensor, memory, 8 + len(text) + header[name]["data_offsets"][0])
+            _fill(tensor, memory, data_start + header[name]["data_offsets"][0])
 
 
 def _fill(tensor: Later, memory: mmap.mmap, start: int) -> None:
     if numel := torch.Size(tensor.shape).numel():
-        into = torch.frombuffer(memory, dtype=tensor.dtype, count=numel, offset=start)
-        tensor.fill(into.view(tensor.shape))
+        flat = torch.frombuffer(memory, dtype=tensor.dtype, count=numel, offset=start)
+        tensor.fill(flat.view(tensor.shape))

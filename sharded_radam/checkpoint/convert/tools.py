@@ -106,8 +106,8 @@ def _joined_members(index: Index, saved: SavedOptimizer, files: DataFiles) -> li
 def _consolidated_groups(index: Index, saved: SavedOptimizer, files: DataFiles) -> list[dict[str, Any]]:
     groups, start = [], 0
     for names in _joined_members(index, saved, files):
-        at = next(at for at, members in enumerate(saved.members) if names[:1] == members[:1])
-        group = read_options(index, saved.groups[at], files)
+        number = next(number for number, members in enumerate(saved.members) if names[:1] == members[:1])
+        group = read_options(index, saved.groups[number], files)
         group["params"] = list(range(start, start + len(names)))
         if not saved.is_numbered:
             group["param_names"] = [saved.called.get(name, name) for name in names]

@@ -200,8 +200,8 @@ def committed_steps(folder: Path) -> list[int]:
     """Steps of which ``folder`` has a committed checkpoint, in increasing order."""
     if not folder.is_dir():
         return []
-    found = [match for entry in folder.iterdir() if (match := _STEP.fullmatch(entry.name))]
-    return sorted(int(match[1]) for match in found if (folder / match[0] / ".metadata").is_file())
+    matches = [match for entry in folder.iterdir() if (match := _STEP.fullmatch(entry.name))]
+    return sorted(int(match[1]) for match in matches if (folder / match[0] / ".metadata").is_file())
 
 
 def remove(final: Path) -> None:
