@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharded_radam.checkpoint.format.chunks import encode
-from sharded_radam.checkpoint.parts import Part, part_of_rank
+from sharded_radam.checkpoint.parts import RankPart, part_of_rank
 from sharded_radam.replicas import NO_FACTS, Facts, fingerprint
 from sharded_radam.store.offers import expect_same
 from sharded_radam.store.peers import Peers
@@ -41,7 +41,7 @@ class Draft:
 
     final: Path
     leftovers: str | None
-    part: Part
+    part: RankPart
     chunks: Mapping[str, memoryview]
     info: Mapping[str, Any]
     replaces: bool

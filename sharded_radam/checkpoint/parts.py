@@ -56,7 +56,7 @@ class BoxData(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RankPart:
     """One rank's part: what it writes, and on rank 0, which commits, what there is altogether.
 
     ``described`` has dtype and shape of every tensor; ``boxes`` and ``objects`` are for this rank to write; keys of
@@ -75,7 +75,7 @@ class Part:
         return hashlib.sha256(self.outline.encode()).hexdigest()
 
 
-def part_of_rank(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> Part:
+def part_of_rank(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> RankPart:
     """What a rank writes.
 
     Args:
@@ -114,7 +114,7 @@ def part_of_rank(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, w
         if rank == 0 and key not in aliases:
             boxes += _boxes(key, _as_ranges(value), rank)
     described = {key: (value.dtype, tuple(value.shape)) for key, value in {**tensors, **whole}.items()}
-    return Part(described, paths, boxes, objects, aliases, outline)
+    return RankPart(described, paths, boxes, objects, aliases, outline)
 
 
 def _of_rank_0(flat: Mapping[str, Any], paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:

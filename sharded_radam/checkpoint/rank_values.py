@@ -14,7 +14,7 @@ from sharded_radam.checkpoint.undo import Change, PutBack
 from sharded_radam.store.peers import Peers
 
 
-def of_ranks(index: Index, name: str) -> list[str]:
+def keys_of_ranks(index: Index, name: str) -> list[str]:
     """Keys of what the ranks saved, each its own, in the order of ranks."""
     keys = [key for key in index.objects if key.startswith(f"{name}.")]
     return sorted(keys, key=lambda key: int(key.removeprefix(f"{name}.")))
@@ -23,12 +23,12 @@ def of_ranks(index: Index, name: str) -> list[str]:
 def read_positions(index: Index) -> tuple[Any, ...]:
     """Data positions of all ranks that saved."""
     with DataFiles(index.folder) as files:
-        return tuple(files.load(index.objects[key], key) for key in of_ranks(index, "data"))
+        return tuple(files.load(index.objects[key], key) for key in keys_of_ranks(index, "data"))
 
 
 def load_own(index: Index, files: DataFiles, name: str, peers: Peers) -> Any:
     """What this rank saved for itself, if as many ranks saved as there are now: only its own file is opened."""
-    keys = of_ranks(index, name)
+    keys = keys_of_ranks(index, name)
     if len(keys) != peers.world_size:
         return None
     return files.load(index.objects[keys[peers.rank]], keys[peers.rank])
@@ -36,7 +36,7 @@ def load_own(index: Index, files: DataFiles, name: str, peers: Peers) -> Any:
 
 def load_position(index: Index, files: DataFiles, peers: Peers) -> Any:
     """This rank's data position, or the one that all had; None if there are other ranks now, and they differed."""
-    keys = of_ranks(index, "data")
+    keys = keys_of_ranks(index, "data")
     if len(keys) in (0, peers.world_size):
         return load_own(index, files, "data", peers)
     first, *others = (files.load(index.objects[key], key) for key in keys)

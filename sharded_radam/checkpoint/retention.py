@@ -29,6 +29,9 @@ Branch = tuple[tuple[int, int], ...]
 
 MODES = ("min", "max")
 
+_MOST_KEPT = 4096
+"""Manifests that are not read again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -104,7 +107,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(_MOST_KEPT)
 def _info(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
     return read_info(path)
 

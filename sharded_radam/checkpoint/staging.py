@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from sharded_radam.buckets.memory import large_pages
-from sharded_radam.checkpoint.parts import BoxData, Part
+from sharded_radam.checkpoint.parts import BoxData, RankPart
 
 _ALIGNMENT = 64
 """Bytes on a multiple of which each copy begins."""
@@ -25,7 +25,7 @@ class Staging:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
 
-    def copy(self, part: Part) -> Part:
+    def copy(self, part: RankPart) -> RankPart:
         """The same with tensors in this memory, on CPU: as many bytes as are written, and those of the last copy."""
         sizes = [-(-box.data.nbytes // _ALIGNMENT) * _ALIGNMENT for box in part.boxes]
         if self._memory is None or len(self._memory) < sum(sizes):

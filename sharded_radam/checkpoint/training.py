@@ -16,9 +16,9 @@ from sharded_radam.checkpoint.format.reading import Target
 from sharded_radam.checkpoint.objects import Objects, ObjectsPlan
 from sharded_radam.checkpoint.parts import Opaque
 from sharded_radam.checkpoint.rank_values import (
+    keys_of_ranks,
     load_own,
     load_position,
-    of_ranks,
     random_states,
     read_positions,
     setting_random_states,
@@ -100,7 +100,7 @@ class Training:
         if self.data is not None:
             if position is None:
                 raise ValueError(
-                    f"data: the checkpoint has {len(of_ranks(index, 'data'))} positions, of as many ranks, that "
+                    f"data: the checkpoint has {len(keys_of_ranks(index, 'data'))} positions, of as many ranks, that "
                     f"differ, and there are {peers.world_size} ranks: load without data=, and choose from "
                     "data_of_ranks"
                 )

@@ -15,8 +15,15 @@ _END64_LOCATOR = struct.Struct("<4s4xQ4x")
 _END64 = struct.Struct("<4s28x3Q")
 _ENTRY = struct.Struct("<4s4x2H8x2L3H8xL")
 _HEADER = struct.Struct("<4s22x2H")
+_EXTRA = struct.Struct("<2H")
+_ZIP64 = 1
+"""The kind of extra field that has long numbers."""
+
 _IN_EXTRA = 0xFFFFFFFF
+"""In the place of a number that is in such a field."""
+
 _ENCRYPTED = 1
+"""A flag."""
 
 
 class Content(Protocol):
@@ -111,12 +118,12 @@ def _directory(content: Content) -> tuple[int, int]:
 def _long(extra: bytes, numbers: list[int]) -> list[int]:
     """Sizes and offsets from 4 GiB on, which are kept beside the entry."""
     place = 0
-    while place + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, place)
-        if kind == 1:
-            longs = iter(struct.unpack_from(f"<{length // 8}Q", extra, place + 4))
+    while place + _EXTRA.size <= len(extra):
+        kind, length = _EXTRA.unpack_from(extra, place)
+        if kind == _ZIP64:
+            longs = iter(struct.unpack_from(f"<{length // 8}Q", extra, place + _EXTRA.size))
             return [next(longs, _IN_EXTRA) if number == _IN_EXTRA else number for number in numbers]
-        place += 4 + length
+        place += _EXTRA.size + length
     return numbers
 
 
