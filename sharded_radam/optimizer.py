@@ -1024,7 +1024,7 @@ class ShardedRAdam(RAdam, Joinable):
         self._follow_groups()
         what = f"load_state_dict() {self._when()}"
         groups, entries, others = self._network.meeting.attempt(what, lambda: self._read_state_dict(state_dict))
-        self.adopt(groups, entries)
+        self.take_over(groups, entries)
         for key, value in others.items():
             self.state[key] = deepcopy(value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -1057,7 +1057,7 @@ class ShardedRAdam(RAdam, Joinable):
 
     @torch.inference_mode(False)  # what is loaded takes steps later
     @torch.no_grad()
-    def adopt(self, groups: list[dict[str, Any]], entries: Entries) -> int:
+    def take_over(self, groups: list[dict[str, Any]], entries: Entries) -> int:
         """Take over what was checked before, for CheckpointManager; parameters without an entry keep their state.
 
         Returns:
@@ -1186,7 +1186,7 @@ class ShardedRAdam(RAdam, Joinable):
             return self.checkpoint_part(model).prepare(index, files, strict, prefix)
 
         plan = load_checkpoint(path, Peers.of(self.process_group), timeout, prepare)
-        return plan.adopted(self.adopt(plan.groups, plan.entries()))
+        return plan.report_taken_over(self.take_over(plan.groups, plan.entries()))
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""

@@ -195,7 +195,7 @@ class ObjectsPlan:
         for model in self._models:
             model.apply()
         for name, optimizer, plan in self._optimizers:
-            self._reports[".".join(name)] = plan.adopted(optimizer.adopt(plan.groups, plan.entries()))
+            self._reports[".".join(name)] = plan.report_taken_over(optimizer.take_over(plan.groups, plan.entries()))
         return self._reports
 
 
@@ -208,11 +208,11 @@ def _changing_groups(what: str, optimizer: Shardable, part: OptimizerPart, plan:
         def put_back() -> None:
             for group, old in groups:
                 reset(group, old)
-            optimizer.adopt(live, nothing)
+            optimizer.take_over(live, nothing)
 
         return put_back
 
-    return Change(what, remember, lambda: optimizer.adopt(plan.groups, nothing))
+    return Change(what, remember, lambda: optimizer.take_over(plan.groups, nothing))
 
 
 def _by_name(objects: Any, kind: str) -> dict[Name, Any]:

@@ -40,7 +40,7 @@ class Shardable(Protocol):
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What is saved of it, and what a load needs to know."""
 
-    def adopt(self, groups: list[dict[str, Any]], entries: Entries) -> int:
+    def take_over(self, groups: list[dict[str, Any]], entries: Entries) -> int:
         """Take over what was checked; return how many weights became masters."""
 
 
@@ -67,7 +67,7 @@ class _StagedState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OptimizerPlan:
-    """A load of which all is decided: what to read, and then what the optimizer is to adopt.
+    """A load of which all is decided: what to read, and then what the optimizer is to take over.
 
     ``staged`` has the memory for each flat and each of its slots, None where the state is left alone.
     """
@@ -86,8 +86,8 @@ class OptimizerPlan:
         """Those that leave all state alone."""
         return [[None] * len(slots) for slots in self.staged]
 
-    def adopted(self, from_masters: int) -> LoadReport:
-        """The report, when the optimizer has adopted it."""
+    def report_taken_over(self, from_masters: int) -> LoadReport:
+        """The report, when the optimizer has taken it over."""
         steps = [int(state.step.item()) for slots in self.staged for state in slots if state is not None]
         return replace(self.report, step=max(steps, default=0), from_masters=from_masters)
 
