@@ -33,16 +33,14 @@ from sharded_radam.buckets.memory import (
     unflatten,
 )
 from sharded_radam.buckets.range_tensor import RangeTensor
-from sharded_radam.checkpoint.format.chunks import DataFiles
-from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.load import load_checkpoint
-from sharded_radam.checkpoint.optimizer import Entries, OptimizerPart, OptimizerPlan
+from sharded_radam.checkpoint.optimizer import Entries, OptimizerPart
 from sharded_radam.checkpoint.report import LoadReport
 from sharded_radam.checkpoint.save import Save, SaveReport
 from sharded_radam.compat import check_graph_capture
 from sharded_radam.gradients.sharded import ShardedGradients, check_not_wrapped
 from sharded_radam.plan import ShardPlan, make_plan
-from sharded_radam.preflight import Draft, agree, broadcast_, check_groups, complete_groups, describe, has_members
+from sharded_radam.preflight import Draft, agree, broadcast_, check_shardable, complete_groups, describe, has_members
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state import dicts as states
@@ -1050,7 +1048,7 @@ class ShardedRAdam(RAdam, Joinable):
             for flat in self._flats
         ]
         groups = states.merge_groups(self.param_groups, saved_groups, self.defaults)
-        check_groups(groups, bool(self._options.fused))
+        check_shardable(groups, bool(self._options.fused))
         taken = {param for flat in self._flats for param in flat.params}
         others = {key: value for key, value in states.other_state(by_param, state_dict).items() if key not in taken}
         return groups, entries, others
@@ -1181,11 +1179,10 @@ class ShardedRAdam(RAdam, Joinable):
             CheckpointError: on every rank the same: no checkpoint, a damaged one, or other parameters. The optimizer is
                 unchanged then.
         """
-
-        def prepare(index: Index, files: DataFiles) -> OptimizerPlan:
-            return self.checkpoint_part(model).prepare(index, files, strict, prefix)
-
-        plan = load_checkpoint(path, Peers.of(self.process_group), timeout, prepare)
+        peers = Peers.of(self.process_group)
+        plan = load_checkpoint(
+            path, peers, timeout, lambda index, files: self.checkpoint_part(model).prepare(index, files, strict, prefix)
+        )
         return plan.report_taken_over(self.take_over(plan.groups, plan.entries()))
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:

@@ -57,8 +57,8 @@ def describe(
     return list(found), list(found.values())
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]], fused: bool) -> None:
-    """Raise ValueError for groups that an optimizer cannot have; whether one of them fits another is not looked at."""
+def check_shardable(groups: Sequence[Mapping[str, Any]], fused: bool) -> None:
+    """Raise ValueError for groups of which one cannot be sharded; none is compared with another."""
     for index, group in enumerate(groups):
         describe([group], index, fused)
 

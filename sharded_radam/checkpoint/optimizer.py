@@ -25,7 +25,7 @@ from sharded_radam.checkpoint.matching import merge_groups, names_in, names_of
 from sharded_radam.checkpoint.parts import OfRank0
 from sharded_radam.checkpoint.report import LoadReport, expect_all
 from sharded_radam.checkpoint.undo import Change
-from sharded_radam.preflight import check_groups
+from sharded_radam.preflight import check_shardable
 from sharded_radam.replicas import Facts, facts
 from sharded_radam.state.dicts import Entry, export_step, pack_groups, users_own
 from sharded_radam.state.values import is_dense_tensor
@@ -188,7 +188,7 @@ class OptimizerPart:
             mismatched=(*(m.problem for m in matches if m.problem is not None), *differing),
         )
         expect_all(report, strict)
-        check_groups(groups, self.is_fused)
+        check_shardable(groups, self.is_fused)
         return OptimizerPlan(targets, staged, groups, report)
 
     def _param(self, match: _ParamMatch) -> Tensor:
