@@ -24,6 +24,7 @@ from torch import nn
 from torch._C._distributed_c10d import FileStore
 
 from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam.checkpoint import draft
 from sharded_radam.checkpoint import load as loading
 from sharded_radam.checkpoint import save as saving
 from sharded_radam.checkpoint.format import chunks as files
@@ -470,7 +471,7 @@ def load(rank: int, world_size: int, path: str, timeout: float) -> str:
 def at(place: str, then: Callable[[], object]) -> Callable[[], None]:
     """Let something happen at a place of the next operation of this process, once; returns what ends that."""
     owner, name, after = {
-        "come": (saving, "contents", False),
+        "come": (draft, "part_of_rank", False),
         "write": (files.DataFile, "__init__", False),
         "commit": (directory, "commit", False),
         "committed": (directory, "commit", True),
@@ -632,7 +633,7 @@ def check_bad_input(rank: int, world_size: int, folder: str) -> None:
                 step = bad if rank == last else number + 1
                 fails("step=|all ranks must make the same call", step=step, blocking=blocking)
                 fails("step=.*: expected a whole number from 0 on", step=bad, blocking=blocking)
-            with replaced(saving, "contents", raising(MemoryError("none"))) if rank == last else nullcontext():
+            with replaced(draft, "part_of_rank", raising(MemoryError("none"))) if rank == last else nullcontext():
                 text = attempt(functools.partial(manager.save, 10**6, blocking=blocking))
             assert f"rank {last}: MemoryError: none" in one(texts(world_size, text))
             fails("unhashable", data=UnhashableState() if rank == last else None, blocking=blocking)

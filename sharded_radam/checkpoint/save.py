@@ -60,6 +60,7 @@ class Save:
         self._place = place
         self._agreement = agreement
         self._rank = rank
+        self.final = draft.final
         self.blocked_s = blocked_s
 
     @classmethod
@@ -120,7 +121,7 @@ class Save:
         self._agreement.close()
         self._place.release()
         num_bytes = sum(length for *_, length, _ in written)
-        return SaveReport(self._draft.final, num_bytes, self.blocked_s, time.perf_counter() - began)
+        return SaveReport(self.final, num_bytes, self.blocked_s, time.perf_counter() - began)
 
     def _write_file(self) -> list[Any]:
         """Rows for rank 0: key, offsets, sizes (None for objects), start, length, CRC-32."""
@@ -136,7 +137,7 @@ class Save:
 
     def _commit(self, rows_of_ranks: list[Any]) -> None:
         """On rank 0, when all files are on the disk: write the index, and give the directory its name."""
-        part, final, folder = self._draft.part, self._draft.final, self._place.folder
+        part, folder = self._draft.part, self._place.folder
         boxes: dict[str, list[SavedBox]] = {key: [] for key in part.described}
         objects: dict[str, Extent] = {}
         for rank, rows in enumerate(rows_of_ranks):
@@ -154,11 +155,11 @@ class Save:
         write_index(folder, tensors, objects, paths, self._draft.info)
         directory.fsync(folder / METADATA)
         directory.fsync(folder / MANIFEST)
-        with directory.set_aside(final) if self._draft.replaces else nullcontext():
-            directory.commit(folder, final)
+        with directory.set_aside(self.final) if self._draft.replaces else nullcontext():
+            directory.commit(folder, self.final)
 
     def _settle(self) -> bool:
-        return not directory.withdraw(self._place.folder, self._place.inode, self._draft.final)
+        return not directory.withdraw(self._place.folder, self._place.inode, self.final)
 
 
 def _data_file(rank: int) -> str:
