@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_radam.dtypes import HALF_DTYPES
 from sharded_radam.store.meeting import LostError, Meeting, is_agreed
 from sharded_radam.transport.meter import Meter
-from sharded_radam.transport.reducers import HALF_DTYPES, AloneReducer, Reducer
+from sharded_radam.transport.reducers import AloneReducer, Reducer
 
 _TAG = 0x5AD0
 """Point-to-point messages of ours carry tags from here on, apart from a user's own, which are mostly small."""

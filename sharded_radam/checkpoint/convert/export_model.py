@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_radam.buckets.flat import HALF_DTYPES
 from sharded_radam.checkpoint.convert.output import (
     Later,
     Progress,
@@ -26,6 +25,7 @@ from sharded_radam.checkpoint.format.reading import fill_tensor, read_tensor
 from sharded_radam.checkpoint.format.saved_optimizer import find_optimizer, list_prefixes
 from sharded_radam.checkpoint.format.verification import check_coverage
 from sharded_radam.checkpoint.model import EXTRA_STATE, saved_model
+from sharded_radam.dtypes import HALF_DTYPES
 
 
 def export_model(index: Index, output: Path, fp32: bool, progress: Progress) -> dict[str, int]:
