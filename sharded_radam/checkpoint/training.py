@@ -55,8 +55,8 @@ class Restored:
 class Training:
     """What a user saves, or loads into; nothing of it is checked yet.
 
-    A model, an optimizer and a scheduler are one object, or several in dicts and lists. ``data`` is this rank's position
-    in its data, or what has it.
+    A model, an optimizer and a scheduler are one object, or several in dicts and lists. ``data`` is this rank's
+    position in its data, or what has it.
     """
 
     model: Any
