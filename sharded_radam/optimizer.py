@@ -22,17 +22,17 @@ from sharded_radam.arguments import Arguments, Options  # noqa: F401  (pickled o
 from sharded_radam.arrivals import Arrivals
 from sharded_radam.buckets.memory import dim_order, flatten, unflatten
 from sharded_radam.build import Shards, build, check_is_whole, find_groupless, follow_groups, lay_out, rebuild
-from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
-from sharded_radam.checkpoint.peers import Peers
-from sharded_radam.checkpoint.save import SaveReport
-from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
+from sharded_radam.checkpoint.load import load_checkpoint
+from sharded_radam.checkpoint.optimizer import Entries, OptimizerPart
+from sharded_radam.checkpoint.report import LoadReport
+from sharded_radam.checkpoint.save import Save, SaveReport
 from sharded_radam.compat import check_graph_capture
-from sharded_radam.preflight import broadcast_, check_shardable
+from sharded_radam.preflight import broadcast_
 from sharded_radam.state import consolidate, load
-from sharded_radam.state.dicts import Entry
 from sharded_radam.state.edits import take_back
 from sharded_radam.stats import Stats, ownership, stats
 from sharded_radam.step import check_replicas, evaluate, heed_scaler, prepare, update
+from sharded_radam.store.peers import Peers
 from sharded_radam.transport import Alone, Choice, Transport
 from sharded_radam.uneven_inputs import ShadowSteps, share_gradients
 
@@ -474,7 +474,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         load.load_state_dict(self, self._shards, state_dict)
 
-    def take_over(self, groups: list[dict[str, Any]], entries: Sequence[Sequence[Entry | None]]) -> int:
+    def take_over(self, groups: list[dict[str, Any]], entries: Entries) -> int:
         """Take over what was checked before, for CheckpointManager; parameters without an entry keep their state.
 
         Returns:
@@ -521,7 +521,8 @@ class ShardedRAdam(RAdam, Joinable):
         Raises:
             CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
         """
-        return save_optimizer(path, lambda: self.checkpoint_part(model), Peers.of(self.process_group), timeout)
+        peers = Peers.of(self.process_group)
+        return Save.begin(path, lambda: self.checkpoint_part(model).collect(), peers, timeout).write()
 
     def load(
         self,
@@ -551,7 +552,10 @@ class ShardedRAdam(RAdam, Joinable):
                 unchanged then.
         """
         peers = Peers.of(self.process_group)
-        return load_optimizer(path, lambda: self.checkpoint_part(model), peers, timeout, strict, prefix)
+        plan = load_checkpoint(
+            path, peers, timeout, lambda index, files: self.checkpoint_part(model).prepare(index, files, strict, prefix)
+        )
+        return plan.report_taken_over(self.take_over(plan.groups, plan.entries()))
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""
@@ -564,8 +568,7 @@ class ShardedRAdam(RAdam, Joinable):
             self.param_groups,
             self.state,
             model,
-            lambda groups: check_shardable(groups, bool(self._shards.options.fused)),
-            self.take_over,
+            bool(self._shards.options.fused),
             self._shards.transport.has_one_copy,
         )
 

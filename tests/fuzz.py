@@ -37,7 +37,7 @@ from sharded_radam.checkpoint.format import decode, metadata
 from sharded_radam.checkpoint.format.chunks import DataFiles, Extent
 from sharded_radam.checkpoint.format.errors import DamagedError, ForbiddenError
 from sharded_radam.checkpoint.format.index import read_index
-from sharded_radam.checkpoint.format.metadata import Box, SavedTensor
+from sharded_radam.checkpoint.format.metadata import SavedBox, SavedTensor
 from sharded_radam.checkpoint.format.packing import pack
 from sharded_radam.checkpoint.format.reading import read_value
 from sharded_radam.checkpoint.format.verification import verify
@@ -296,7 +296,7 @@ def hostile_boxes(r: random.Random, base: Base) -> Case:
     for name in "abc":
         shape = tuple(map(number, r.choice(((), (12,), (12,), (3, 4), (12, *[1] * 50), (2**40,), (2**31, 2**28)))))
         boxes = tuple(
-            Box(
+            SavedBox(
                 tuple(number(0) for _ in shape),
                 tuple(map(number, shape)),
                 Extent(DATA, number(0), number(len(content)), None),
@@ -325,7 +325,7 @@ def hostile_data(r: random.Random, base: Base) -> Case:
     content = hostile_chunk(r, chunk(value))
     extent = Extent(DATA, 0, len(content), None)
     is_tensor = value is tensor and len(content) >= tensor.nbytes
-    tensors = {"a": SavedTensor(torch.float32, (12,), (Box((0,), (12,), extent),))} if is_tensor else {}
+    tensors = {"a": SavedTensor(torch.float32, (12,), (SavedBox((0,), (12,), extent),))} if is_tensor else {}
     files = {".metadata": pack(tensors, {"v": extent}, {"a": ("a",), "v": ("v",)}), DATA: content}
     if r.random() < 0.5:
         files["manifest.json"] = sealed(files, [len(content)])

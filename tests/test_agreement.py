@@ -24,16 +24,17 @@ from torch import nn
 from torch._C._distributed_c10d import FileStore
 
 from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam.checkpoint import draft
 from sharded_radam.checkpoint import load as loading
 from sharded_radam.checkpoint import save as saving
-from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.format import chunks as files
 from sharded_radam.checkpoint.format import directory
-from sharded_radam.checkpoint.parts import Staging
-from sharded_radam.checkpoint.peers import Line, Peers
+from sharded_radam.checkpoint.staging import Staging
 from sharded_radam.store import liveness
+from sharded_radam.store.agreement import Agreement
 from sharded_radam.store.board import Board
 from sharded_radam.store.liveness import Acquaintance
+from sharded_radam.store.peers import Line, Peers
 from tests.ranks import CONTEXT, WORLD_SIZES, run
 
 # The state machine: ranks are threads of one process
@@ -90,7 +91,7 @@ def one(found: list[Any]) -> Any:
 
 def operation(what: str = "saving a", timeout: float = 5.0) -> Callable[[Peers], Any]:
     def act(peers: Peers) -> Any:
-        with Agreement(peers, what, timeout) as agreement:
+        with Agreement.begin(peers, what, timeout) as agreement:
             offers = agreement.decide(peers.rank, decide=lambda offers: offers)
             return agreement.decide(None, decide=lambda _: [*offers, "done"])
 
@@ -180,7 +181,7 @@ def test_every_problem_is_said(kind: str, failing: int) -> None:
 
     def act(peers: Peers) -> None:
         is_own = peers.rank == failing
-        with Agreement(peers, "saving a", -1 if is_own and kind == "time-out" else 5.0) as agreement:
+        with Agreement.begin(peers, "saving a", -1 if is_own and kind == "time-out" else 5.0) as agreement:
             agreement.decide({1} if is_own and kind == "not JSON" else 1, problem if is_own else None)
 
     group = Group(3)
@@ -195,7 +196,7 @@ def test_a_rank_that_is_interrupted(failing: int, stage: int) -> None:
     """Between two stages, by what is no Exception: the others need not wait for its time-out."""
 
     def act(peers: Peers) -> None:
-        with Agreement(peers, "saving a", 20.0) as agreement:
+        with Agreement.begin(peers, "saving a", 20.0) as agreement:
             for number in (1, 2):
                 if peers.rank == failing and number == stage:
                     raise KeyboardInterrupt
@@ -237,7 +238,7 @@ def test_rank_0_is_silent_where_it_counts(world_size: int, moment: str) -> None:
     deed = Deed()
 
     def act(peers: Peers) -> str:
-        agreement = Agreement(peers, "saving a", 0.3)
+        agreement = Agreement.begin(peers, "saving a", 0.3)
 
         def is_silent(now: str) -> None:
             if peers.rank == 0 and now == moment:
@@ -276,7 +277,7 @@ def test_the_store_is_lost_where_it_counts(is_done: bool) -> None:
                 deed.do()
             group.store.is_lost = True
 
-        Agreement(peers, "saving a", 5.0).decide(None, decide=decide, settle=deed.settle)
+        Agreement.begin(peers, "saving a", 5.0).decide(None, decide=decide, settle=deed.settle)
         return "saved"
 
     verdict = one(group.call(act))
@@ -299,7 +300,7 @@ def test_a_store_that_outlives_its_ranks(stage: str) -> None:
     who = {"called": [1], "answered": [0], "come": [0, 2], "begun": [0, 1, 2]}[stage]
 
     def act(peers: Peers) -> None:
-        agreement = Agreement(peers, "saving a", 100.0)
+        agreement = Agreement.begin(peers, "saving a", 100.0)
         time.sleep(0.6)
         agreement.decide(None)
 
@@ -316,7 +317,7 @@ def test_a_slow_rank_is_not_given_up() -> None:
     """It takes three times as long as the time-out, in each stage, on each rank in turn."""
 
     def act(peers: Peers) -> str:
-        with Agreement(peers, "saving a", 0.5) as agreement:
+        with Agreement.begin(peers, "saving a", 0.5) as agreement:
             for stage in range(3):
                 if peers.rank == stage:
                     time.sleep(1.5)
@@ -337,7 +338,7 @@ def test_a_rank_that_comes_back_as_a_new_process(victim: int) -> None:
     group.peers[victim] = peers_of(theirs, victim, 3)
 
     def act(peers: Peers) -> None:
-        agreement = Agreement(peers, "saving a", 0.4)
+        agreement = Agreement.begin(peers, "saving a", 0.4)
         if peers.rank == victim:
             theirs.is_lost = True
         agreement.decide(None)
@@ -470,7 +471,7 @@ def load(rank: int, world_size: int, path: str, timeout: float) -> str:
 def at(place: str, then: Callable[[], object]) -> Callable[[], None]:
     """Let something happen at a place of the next operation of this process, once; returns what ends that."""
     owner, name, after = {
-        "come": (saving, "contents", False),
+        "come": (draft, "part_of_rank", False),
         "write": (files.DataFile, "__init__", False),
         "commit": (directory, "commit", False),
         "committed": (directory, "commit", True),
@@ -632,7 +633,7 @@ def check_bad_input(rank: int, world_size: int, folder: str) -> None:
                 step = bad if rank == last else number + 1
                 fails("step=|all ranks must make the same call", step=step, blocking=blocking)
                 fails("step=.*: expected a whole number from 0 on", step=bad, blocking=blocking)
-            with replaced(saving, "contents", raising(MemoryError("none"))) if rank == last else nullcontext():
+            with replaced(draft, "part_of_rank", raising(MemoryError("none"))) if rank == last else nullcontext():
                 text = attempt(functools.partial(manager.save, 10**6, blocking=blocking))
             assert f"rank {last}: MemoryError: none" in one(texts(world_size, text))
             fails("unhashable", data=UnhashableState() if rank == last else None, blocking=blocking)
@@ -716,7 +717,7 @@ def check_two_groups(rank: int, world_size: int, folder: str) -> None:
     barrier = Peers.of(None)
 
     def wait() -> None:
-        with Agreement(barrier, "waiting", 60.0):
+        with Agreement.begin(barrier, "waiting", 60.0):
             pass
 
     def write(self: saving.Save) -> list[Any]:

@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import parts as contents
+from sharded_radam.checkpoint import parts
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.checkpoint.format.verification import verify
-from sharded_radam.checkpoint.optimizer import LoadReport
+from sharded_radam.checkpoint.report import LoadReport
 from sharded_radam.compat import VERSION
 from sharded_radam.state.dicts import plain_name
 from tests.cases import assert_same, quietly, set_grads
@@ -100,13 +100,13 @@ def test_any_world_size_buckets_and_order(tmp_path: Path, saved_at: int) -> None
 
 def check_equal_parts(rank: int, world_size: int, folder: str) -> None:
     """Each rank writes its shards, and an equal part of the model; chunks have their largest size."""
-    contents.CHUNK_BYTES = 4096
+    parts.CHUNK_BYTES = 4096
     try:
         model = nn.Sequential(nn.Linear(257, 130), nn.Linear(130, 17))
         optimizer = ShardedRAdam(model.named_parameters(), bucket_cap_mb=1e-2)
         CheckpointManager(folder).save(0, model=model, optimizer=optimizer)
     finally:
-        contents.CHUNK_BYTES = 64 * 2**20
+        parts.CHUNK_BYTES = 64 * 2**20
     index = read_index(Path(folder) / "step_0")
     assert index.info["world_size"] == world_size
     per_rank = {"model": 0, "optim": 0}

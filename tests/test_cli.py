@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint.convert import tools
+from sharded_radam.checkpoint.convert.inspection import summary
 from sharded_radam.tools.cli import main
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run
@@ -199,4 +199,4 @@ def test_as_a_program(tmp_path: Path) -> None:
         [sys.executable, "-m", "sharded_radam.tools.cli", "checkpoint"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert tools.summary.__doc__
+    assert summary.__doc__

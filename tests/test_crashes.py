@@ -24,13 +24,13 @@ from torch import nn
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint import save as saving
-from sharded_radam.checkpoint.agreement import Agreement
 from sharded_radam.checkpoint.format import chunks as files
 from sharded_radam.checkpoint.format import directory
 from sharded_radam.checkpoint.format.directory import committed_steps
 from sharded_radam.checkpoint.format.index import METADATA, read_index, write_index
 from sharded_radam.checkpoint.format.metadata import SavedTensor
 from sharded_radam.checkpoint.format.verification import check_coverage, verify
+from sharded_radam.store.agreement import Agreement
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, ends, run, stop
 

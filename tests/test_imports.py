@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 PACKAGE = Path(sharded_radam.__file__).parent
 
 FLOORS = [
-    {"compat", "version", "callers", "plan", "radam"},
+    {"compat", "version", "callers", "dtypes", "plan", "radam"},
     {"store"},
     {"transport"},
     {"buckets"},

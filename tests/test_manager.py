@@ -17,12 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import parts as contents
 from sharded_radam.checkpoint import save as saving
 from sharded_radam.checkpoint.format import chunks as files
 from sharded_radam.checkpoint.format.directory import committed_steps
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.checkpoint.format.verification import verify
+from sharded_radam.checkpoint.parts import part_of_rank
+from sharded_radam.checkpoint.staging import Staging
 from tests.cases import assert_same, noted_reads, set_grads
 from tests.ranks import WORLD_SIZES, run
 
@@ -483,16 +484,16 @@ def test_staging_is_as_large_as_what_is_written() -> None:
     model, optimizer, _ = training()
     content = {"model": dict(model.state_dict()), "optim": optimizer.checkpoint_part(model).content()}
     position = {"at": [1, 2]}
-    live = contents.contents(content, {"data": position}, 0, 1)
-    staging = contents.Staging()
+    live = part_of_rank(content, {"data": position}, 0, 1)
+    staging = Staging()
     copy = staging.copy(live)
     position["at"].append(3)  # values may change as well as tensors
     assert copy.objects["data.0"] == {"at": [1, 2]}
-    num_bytes = sum(part.data.nbytes for part in live.parts)
-    storages = {part.data.untyped_storage().data_ptr(): part.data.untyped_storage().nbytes() for part in copy.parts}
+    num_bytes = sum(box.data.nbytes for box in live.boxes)
+    storages = {box.data.untyped_storage().data_ptr(): box.data.untyped_storage().nbytes() for box in copy.boxes}
     assert sum(storages.values()) == num_bytes
     again = staging.copy(live)
-    assert [part.data.data_ptr() for part in again.parts] == [part.data.data_ptr() for part in copy.parts]
-    for one, other in zip(live.parts, copy.parts, strict=True):
+    assert [box.data.data_ptr() for box in again.boxes] == [box.data.data_ptr() for box in copy.boxes]
+    for one, other in zip(live.boxes, copy.boxes, strict=True):
         assert torch.equal(one.data, other.data)
         assert not one.data.numel() or one.data.data_ptr() != other.data.data_ptr()

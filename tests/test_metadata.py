@@ -25,13 +25,13 @@ from sharded_radam.checkpoint.format import decode, metadata, pickles
 from sharded_radam.checkpoint.format.chunks import DataFiles, Extent
 from sharded_radam.checkpoint.format.errors import DamagedError, ForbiddenError
 from sharded_radam.checkpoint.format.index import read_index
-from sharded_radam.checkpoint.format.metadata import Box, SavedTensor, unpack
+from sharded_radam.checkpoint.format.metadata import SavedBox, SavedTensor, unpack
 from sharded_radam.checkpoint.format.packing import pack
 from sharded_radam.checkpoint.format.verification import verify
 
 pytestmark = pytest.mark.quick
 
-BOXES = (Box((0, 0), (2, 5), Extent("a", 0, 40, None)), Box((2, 0), (1, 5), Extent("b", 0, 20, None)))
+BOXES = (SavedBox((0, 0), (2, 5), Extent("a", 0, 40, None)), SavedBox((2, 0), (1, 5), Extent("b", 0, 20, None)))
 GOOD = pack(
     {"w": SavedTensor(torch.float32, (3, 5), BOXES)}, {"v": Extent("a", 40, 5, None)}, {"w": ("w",), "v": ("v", 0)}
 )
@@ -295,10 +295,10 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
 
 def test_boxes_that_would_grow() -> None:
     """A tensor of terabytes in a few bytes, or a thousand times in the same bytes."""
-    wide = SavedTensor(torch.float32, (10**12,), (Box((0,), (10**12,), Extent("a", 0, 1000, None)),))
+    wide = SavedTensor(torch.float32, (10**12,), (SavedBox((0,), (10**12,), Extent("a", 0, 1000, None)),))
     with pytest.raises(DamagedError, match=r"w: \(1000000000000,\) elements of torch.float32 in 1000 bytes"):
         unpack(pack({"w": wide}, {}, {"w": ("w",)}))
-    rows = tuple(Box((at,), (1,), Extent("a", at, 1000, None)) for at in range(1000))
+    rows = tuple(SavedBox((at,), (1,), Extent("a", at, 1000, None)) for at in range(1000))
     with pytest.raises(DamagedError, match="w: byte 1 of a is in two boxes"):
         unpack(pack({"w": SavedTensor(torch.float32, (1000,), rows)}, {}, {"w": ("w",)}))
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.checkpoint.convert.tools import summary
+from sharded_radam.checkpoint.convert.inspection import summary
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.compat import VERSION
 from sharded_radam.plan import ParamSpec

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint.convert.tools import consolidate
+from sharded_radam.checkpoint.convert.consolidate import consolidate
 from sharded_radam.checkpoint.format.index import read_index
 from tests.cases import set_grads
 from tests.ranks import run

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint.format.index import read_index
-from sharded_radam.checkpoint.format.nesting import flatten, nest, parts
+from sharded_radam.checkpoint.format.nesting import flatten_nested, leaves_of, nest
 from sharded_radam.checkpoint.format.verification import verify
 from sharded_radam.state.values import plain, without_numpy
 from tests.ranks import WORLD_SIZES, run
@@ -456,7 +456,7 @@ def test_arrays_that_are_no_tensors() -> None:
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_parts(value: Any) -> None:
-    found = parts(value)
+    found = leaves_of(value)
     assert same(nest(found), value)
     assert found
 
@@ -481,9 +481,9 @@ def test_names_are_torchs() -> None:
             expected = flatten_state_dict(nested)
         except ValueError:  # two of one name
             with pytest.raises(ValueError, match="two values are named"):
-                flatten(nested)
+                flatten_nested(nested)
         else:
-            assert flatten(nested) == expected
+            assert flatten_nested(nested) == expected
             compared += 1
     assert compared > 2000
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sharded_radam.checkpoint.convert.tools import differences
+from sharded_radam.checkpoint.convert.inspection import differences
 from sharded_radam.checkpoint.format.directory import committed_steps
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.checkpoint.format.verification import verify

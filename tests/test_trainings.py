@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, MultiStepLR, SequentialLR
 
 from sharded_radam import CheckpointError, CheckpointManager, ShardedRAdam
-from sharded_radam.checkpoint import training, undo
+from sharded_radam.checkpoint import objects, undo
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.checkpoint.format.verification import verify
 from tests.cases import assert_same, set_grads
@@ -511,7 +511,7 @@ def test_a_copy_is_made_only_of_models_that_may_fail(tmp_path: Path, monkeypatch
         copied.append(model)
         return undo.remember_model(model)
 
-    monkeypatch.setattr(training, "remember_model", remember)
+    monkeypatch.setattr(objects, "remember_model", remember)
     manager = CheckpointManager(tmp_path)
     extra, plain = Extra(), net(1)
     repeated = nn.Linear(2, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sharded_radam.checkpoint.format.chunks import Extent
 from sharded_radam.checkpoint.format.errors import DamagedError
-from sharded_radam.checkpoint.format.metadata import Box, SavedTensor
+from sharded_radam.checkpoint.format.metadata import SavedBox, SavedTensor
 from sharded_radam.checkpoint.format.verification import Intervals, check_coverage, tiles
 
 pytestmark = pytest.mark.quick
@@ -83,7 +83,7 @@ def test_no_box_and_none_too_many() -> None:
 
 def saved(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> dict[str, SavedTensor]:
     extent = Extent("a", 0, 9, None)
-    return {"w": SavedTensor(torch.float32, shape, tuple(Box(at, sizes, extent) for at, sizes in boxes))}
+    return {"w": SavedTensor(torch.float32, shape, tuple(SavedBox(at, sizes, extent) for at, sizes in boxes))}
 
 
 def test_a_sum_is_no_proof() -> None:

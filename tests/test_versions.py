@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from sharded_radam.checkpoint.format.chunks import DataFiles, Extent
 from sharded_radam.checkpoint.format.index import read_index
-from sharded_radam.checkpoint.format.metadata import Box, SavedTensor, unpack
+from sharded_radam.checkpoint.format.metadata import SavedBox, SavedTensor, unpack
 from sharded_radam.checkpoint.format.packing import pack
 from sharded_radam.checkpoint.format.reading import read_value
 from sharded_radam.checkpoint.format.verification import verify
@@ -97,7 +97,7 @@ def test_every_torch_reads_ours(written: Path) -> None:
 def test_every_protocol(written: Path) -> None:
     for protocol in range(2, 6):
         tensors, objects, paths = unpack((written / f"protocol{protocol}.pickle").read_bytes())
-        boxes = tuple(Box((at, 0), (1, 300), Extent("__0_0.distcp", at * 70000, 70000, None)) for at in range(2))
+        boxes = tuple(SavedBox((at, 0), (1, 300), Extent("__0_0.distcp", at * 70000, 70000, None)) for at in range(2))
         assert tensors == {"w": SavedTensor(torch.float32, (2, 300), boxes)}
         assert objects == {"v": Extent("__1_0.distcp", 0, 2**40, None)}
         assert paths == {"w": ("w",), "v": ("groups", 0, "v")}
@@ -105,7 +105,10 @@ def test_every_protocol(written: Path) -> None:
 
 def test_what_is_written_is_the_same_everywhere() -> None:
     """The bytes of one index, as they were on the day this was written; ``.metadata`` has no others anywhere."""
-    boxes = (Box((0, 0), (2, 300), Extent("__0_0.distcp", 0, 70000, 1)), Box((2, 0), (1, 300), Extent("a", 9, 9, 2)))
+    boxes = (
+        SavedBox((0, 0), (2, 300), Extent("__0_0.distcp", 0, 70000, 1)),
+        SavedBox((2, 0), (1, 300), Extent("a", 9, 9, 2)),
+    )
     tensors = {"w": SavedTensor(torch.bfloat16, (3, 300), boxes), "empty": SavedTensor(torch.int64, (0,), ())}
     content = pack(tensors, {"v": Extent("a", 2**40, 7, None)}, {"w": ("w",), "v": ("groups", 0, "v")})
     assert content == (Path(__file__).parent / "data" / "packed.pickle").read_bytes()
@@ -117,8 +120,9 @@ def test_torch_reads_what_is_packed(tmp_path: Path) -> None:
     for number, dtype in enumerate(DTYPES):
         name = f"layer.{number}." + "x" * number * 60
         sizes = [(), (0,), (300,), (2**31, 70000), (1, 2, 3)][number % 5]
-        tensors[name] = SavedTensor(dtype, sizes, (Box((0,) * len(sizes), sizes, Extent("f", 2**33, 2**59, None)),))
-    rows = tuple(Box((at,), (1,), Extent(f"__{at}_0.distcp", at, 4, None)) for at in range(300))
+        box = SavedBox((0,) * len(sizes), sizes, Extent("f", 2**33, 2**59, None))
+        tensors[name] = SavedTensor(dtype, sizes, (box,))
+    rows = tuple(SavedBox((at,), (1,), Extent(f"__{at}_0.distcp", at, 4, None)) for at in range(300))
     tensors["many"] = SavedTensor(torch.float32, (300,), rows)
     objects = {"a value": Extent("f", 0, 2**31, None)}
     paths: dict[str, tuple[str | int, ...]] = {name: ("a", 2**20, name) for name in [*tensors, *objects]}

@@ -14,10 +14,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sharded_radam.buckets.counters import Counters
 from sharded_radam.buckets.memory import as_real, dim_order, flatten, is_dense, num_users, unflatten, window, zeros
 from sharded_radam.buckets.range_tensor import RangeTensor
+from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import follow_
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
 """Dtypes that can be updated; parameters of others (quantized, frozen) take no part."""
 
@@ -69,7 +69,7 @@ class Flat:
         self.is_half = params[0].dtype in HALF_DTYPES
         self.reals = 2 if params[0].is_complex() else 1
         device, dtype = params[0].device, params[0].dtype
-        state_dtype = torch.float32 if self.is_half else dtype
+        state_dtype = wide(dtype)
         self.buffer = zeros(plan.numel, dtype, device) if buffer is None else buffer
         self.state = {
             name: zeros(plan.local_numel, state_dtype, device)

@@ -2,7 +2,8 @@
 
 Stages, each agreed on: all ranks have matched what they want with the same checkpoint; all have read it, into memory of
 its own, or where there were zeros, which are put back if anything fails; objects of the user have taken it
-(:mod:`sharded_radam.checkpoint.undo`). Then each rank copies the rest to its place, where nothing can fail.
+(:mod:`sharded_radam.checkpoint.undo`). Then each rank copies the rest to its place, where nothing can fail: that is for
+who called :func:`load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -12,51 +13,59 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sharded_radam.checkpoint.agreement import Agreement, absolute, expect_same
 from sharded_radam.checkpoint.format.chunks import DataFiles
 from sharded_radam.checkpoint.format.index import Index, read_index
 from sharded_radam.checkpoint.format.reading import Reads, Target, plan_reads, put_back, read
-from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.undo import Change, change_all
+from sharded_radam.store.agreement import Agreement
+from sharded_radam.store.offers import absolute, expect_same
+from sharded_radam.store.peers import Peers
 
-T = TypeVar("T")
+
+class LoadPlan(Protocol):
+    """A load of which all is decided."""
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        """Memory to read into."""
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """What may fail when all ranks have read."""
+
+
+P = TypeVar("P", bound=LoadPlan)
 
 
 @torch.no_grad()
 def load_checkpoint(
-    path: str | os.PathLike[str],
-    peers: Peers,
-    timeout: float,
-    prepare: Callable[[Index, DataFiles], tuple[Sequence[Target], Sequence[Change], Callable[[], T]]],
-) -> T:
-    """Load on all ranks, or on none.
+    path: str | os.PathLike[str], peers: Peers, timeout: float, prepare: Callable[[Index, DataFiles], P]
+) -> P:
+    """Read a checkpoint on all ranks, and do all of a load that can fail; or nothing, on none.
 
     Args:
         path: of the checkpoint.
         peers: the ranks.
         timeout: see :class:`Agreement`.
-        prepare: checks the index against what is to be loaded; returns memory to read into, what may fail when all
-            ranks have read, and what to do in the end, which cannot.
+        prepare: checks the index against what is to be loaded.
 
     Returns:
-        What that returned.
+        What ``prepare`` returned. Its targets are filled, its changes made; now it can be applied.
 
     Raises:
         CheckpointError: the same on every rank; nothing was changed.
     """
     reads: Reads = {}
-    targets: Sequence[Target] = ()
     problem: Exception | None = None
     digest = 0
     index: Index | None = None
-    changes: Sequence[Change] = ()
-    apply: Callable[[], T] | None = None
+    plan: P | None = None
     try:
-        with Agreement(peers, f"loading {absolute(path)}", timeout) as agreement:
+        with Agreement.begin(peers, f"loading {absolute(path)}", timeout) as agreement:
             try:
                 folder = Path(os.path.abspath(path))
                 with _no_collection():
@@ -64,23 +73,24 @@ def load_checkpoint(
                     digest = index.digest
                     index.check_files()
                     with DataFiles(folder) as files:
-                        targets, changes, apply = prepare(index, files)
-                    reads = plan_reads(index, targets)
+                        plan = prepare(index, files)
+                    reads = plan_reads(index, plan.targets)
             except Exception as error:
                 problem = error
             agreement.decide({"checkpoint": digest}, problem, _same)
             assert index is not None
-            assert apply is not None
+            assert plan is not None
             try:
                 read(index, reads)
             except Exception as error:
                 problem = error
             agreement.decide(None, problem)
-            change_all(changes, agreement)
+            change_all(plan.changes, agreement)
     except BaseException:
-        put_back(targets)
+        if plan is not None:
+            put_back(plan.targets)
         raise
-    return apply()
+    return plan
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,24 +16,14 @@ import torch.distributed as dist
 
 import sharded_radam.checkpoint.format.directory as directory
 import sharded_radam.checkpoint.retention as retention
-from sharded_radam.checkpoint.agreement import Agreement, absolute
-from sharded_radam.checkpoint.format.chunks import DataFiles
-from sharded_radam.checkpoint.format.index import Index
-from sharded_radam.checkpoint.format.reading import Target
+from sharded_radam.checkpoint.draft import ToSave
 from sharded_radam.checkpoint.load import load_checkpoint
-from sharded_radam.checkpoint.parts import Opaque, Staging
-from sharded_radam.checkpoint.peers import Peers, ranks_of
-from sharded_radam.checkpoint.save import Save, Saved, SaveReport
-from sharded_radam.checkpoint.training import (
-    Restored,
-    Training,
-    loading_into,
-    of_ranks,
-    random_states,
-    read_positions,
-    setting_random_states,
-)
-from sharded_radam.checkpoint.undo import Change
+from sharded_radam.checkpoint.save import Save, SaveReport
+from sharded_radam.checkpoint.staging import Staging
+from sharded_radam.checkpoint.training import Restored, Training
+from sharded_radam.store.agreement import Agreement
+from sharded_radam.store.offers import absolute
+from sharded_radam.store.peers import Peers, ranks_of
 
 logger = logging.getLogger("sharded_radam")
 
@@ -81,7 +73,9 @@ class CheckpointManager:
     def __enter__(self) -> CheckpointManager:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def steps(self) -> list[int]:
@@ -136,7 +130,7 @@ class CheckpointManager:
                 raise ValueError(f"there is none, only steps {[*records]}")
             act(records[number], path)
 
-        with Agreement(self._peers, f"{what} {absolute(path)}", self._timeout) as agreement:
+        with Agreement.begin(self._peers, f"{what} {absolute(path)}", self._timeout) as agreement:
             agreement.decide(None, problem, decide)
 
     # Saving
@@ -180,27 +174,21 @@ class CheckpointManager:
                 are.
         """
         self.wait()
-
-        def collect() -> Saved:
-            training = Training.of(model, optimizer, scheduler)
-            training.check_ranks(self._ranks)
-            nested, replicas = training.content()
-            if user is not None:
-                nested["user"] = Opaque(user)
-            own = {"rng": random_states()}
-            if data is not None:
-                own["data"] = data.state_dict() if hasattr(data, "state_dict") else data
-            number = directory.check_step(step)
-            notes, replaces = self._history.place(number, best) if self._peers.rank == 0 else ({}, False)
-            return Saved(nested, own, {"step": number}, notes, replaces, replicas)
-
         final = directory.step_path(self.folder, step)
-        save = Save(final, collect, self._peers, self._timeout, None if blocking else self._staging, "*")
+        collect = partial(self._collect, Training(model, optimizer, scheduler, data), step, user, best)
+        staging = None if blocking else self._staging
+        save = Save.begin(final, collect, self._peers, self._timeout, staging, leftovers="*")
         if blocking:
             self.last_report = self._write(save)
             return self.last_report
         self._in_flight = self._thread.submit(self._write, save)
         return None
+
+    def _collect(self, training: Training, step: int, user: Any, best: Any) -> ToSave:
+        to_save = training.collect(user, self._ranks)
+        number = directory.check_step(step)
+        notes, replaces = self._history.place(number, best) if self._peers.rank == 0 else ({}, False)
+        return replace(to_save, info={"step": number}, notes=notes, replaces=replaces)
 
     def _write(self, save: Save) -> SaveReport:
         report = save.write()
@@ -234,7 +222,8 @@ class CheckpointManager:
     def load_latest(self, **parts: Any) -> Restored | None:
         """Load the largest step of the branch that was written last, as ``load`` does; None if there is none."""
         self.wait()
-        with Agreement(self._peers, f"looking for checkpoints in {absolute(self.folder)}", self._timeout) as agreement:
+        what = f"looking for checkpoints in {absolute(self.folder)}"
+        with Agreement.begin(self._peers, what, self._timeout) as agreement:
             # Rank 0 looks: a network file system may show others something else.
             step = agreement.decide(None, decide=lambda offers: self._latest())
         return None if step is None else self.load(step, **parts)
@@ -275,54 +264,16 @@ class CheckpointManager:
             CheckpointError: on every rank the same; nothing was changed.
         """
         self.wait()
-        loaded: retention.Record | None = None
-
-        def prepare(index: Index, files: DataFiles) -> tuple[list[Target], list[Change], Callable[[], Restored]]:
-            nonlocal loaded
-            loaded = retention.record_of(step, index.info)
-            targets, changes, finish = Training.of(model, optimizer, scheduler).prepare(index, files, strict)
-            user = files.load(index.objects["user"], "user") if "user" in index.objects else None
-            position = self._position(index, files)
-            if data is not None and position is None:
-                raise ValueError(
-                    f"data: the checkpoint has {len(of_ranks(index, 'data'))} positions, of as many ranks, that "
-                    f"differ, and there are {self._peers.world_size} ranks: load without data=, and choose from "
-                    "data_of_ranks"
-                )
-            if data is not None:
-                changes.append(loading_into(data, "data", position))
-            states = self._own(index, files, "rng") if rng else None
-            if states is not None:
-                changes.append(setting_random_states(states))
-
-            def apply() -> Restored:
-                reports = finish()
-                alone = reports.pop("", None)  # an optimizer without a name
-                return Restored(step, user, position, alone, reports, lambda: read_positions(index))
-
-            return targets, changes, apply
-
         path = directory.step_path(self.folder, step)
-        restored = load_checkpoint(path, self._peers, self._timeout, prepare)
+        training = Training(model, optimizer, scheduler, data)
+        prepare = partial(training.prepare, peers=self._peers, step=step, rng=rng, strict=strict)
+        plan = load_checkpoint(path, self._peers, self._timeout, prepare)
+        restored = plan.apply()
         if optimizer is not None:
-            self._history.loaded = loaded
+            self._history.loaded = plan.record
         if self._peers.rank == 0:
             reports = (
                 [restored.optimizer] if restored.optimizer else [f"{k}: {v}" for k, v in restored.optimizers.items()]
             )
             logger.info("loaded %s", "; ".join(map(str, [path, *reports])))
         return restored
-
-    def _own(self, index: Index, files: DataFiles, name: str) -> Any:
-        """What this rank saved for itself, if as many ranks saved as there are now: only its own file is opened."""
-        keys = of_ranks(index, name)
-        if len(keys) != self._peers.world_size:
-            return None
-        return files.load(index.objects[keys[self._peers.rank]], keys[self._peers.rank])
-
-    def _position(self, index: Index, files: DataFiles) -> Any:
-        keys = of_ranks(index, "data")
-        if len(keys) in (0, self._peers.world_size):
-            return self._own(index, files, "data")
-        first, *others = (files.load(index.objects[key], key) for key in keys)
-        return first if all(other == first for other in others) else None

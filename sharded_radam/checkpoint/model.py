@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from sharded_radam.checkpoint.format.chunks import DataFiles
 from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.nesting import Names, path_from, read_nested
 from sharded_radam.checkpoint.format.reading import Target
-from sharded_radam.checkpoint.optimizer import list_differences, some
 from sharded_radam.checkpoint.parts import OfRank0
+from sharded_radam.checkpoint.report import list_differences, some
 from sharded_radam.state.dicts import plain_name
 
 EXTRA_STATE = "_extra_state"
@@ -48,10 +48,23 @@ def _is_value(name: str, value: Any) -> bool:
     return not isinstance(value, Tensor) or name.rpartition(".")[2] == EXTRA_STATE
 
 
-def model_targets(
-    model: nn.Module, index: Index, files: DataFiles, strict: bool, key: str = "model"
-) -> tuple[list[Target], Callable[[], None]]:
-    """Memory for the model's state, which was saved under ``key``, and what puts it into the model.
+class ModelPlan(NamedTuple):
+    """A load of which all is decided: what to read, and the state dict that it makes."""
+
+    model: nn.Module
+    targets: list[Target]
+    staged: dict[str, Any]
+    strict: bool
+
+    def apply(self) -> None:
+        """Put what was read into the model."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(self.model, self.staged, options=StateDictOptions(strict=self.strict))
+
+
+def plan_model(model: nn.Module, index: Index, files: DataFiles, strict: bool, key: str = "model") -> ModelPlan:
+    """Memory for the model's state, which was saved under ``key``.
 
     Raises:
         ValueError: names or shapes differ, and ``strict``.
@@ -63,9 +76,9 @@ def model_targets(
     mismatched = [f"{key}.{name} ({problem})" for name, problem in sorted(problems.items()) if problem]
     missing = sorted(f"{key}.{name}" for name in state.keys() - saved.keys())
     unexpected = sorted(saved_as for name in saved.keys() - state.keys() for saved_as in saved[name].values())
-    found = list_differences(missing, unexpected, mismatched)
-    if strict and found:
-        raise ValueError(f"{'; '.join(found)}. Expected the model that was saved; strict=False loads what fits")
+    differences = list_differences(missing, unexpected, mismatched)
+    if strict and differences:
+        raise ValueError(f"{'; '.join(differences)}. Expected the model that was saved; strict=False loads what fits")
     staged: dict[str, Any] = {
         name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items() if not problems[name]
     }
@@ -75,23 +88,17 @@ def model_targets(
         for name, value in state.items()
         if name in saved and _is_value(name, value)
     }
-
-    def apply() -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        set_model_state_dict(model, staged, options=StateDictOptions(strict=strict))
-
-    return targets, apply
+    return ModelPlan(model, targets, staged, strict)
 
 
 def _saved(index: Index, prefix: str, values: Collection[str]) -> dict[str, Names]:
     """What is saved below a prefix: names of a model -> keys, several for parts of one of the ``values``."""
-    found: dict[str, Names] = {}
+    saved: dict[str, Names] = {}
     for key in [*index.tensors, *index.objects]:
         if key.startswith(prefix):
             name = _owner(key.removeprefix(prefix), values)
-            found.setdefault(name, {})[path_from(index, key, len(prefix) + len(name) + 1)] = key
-    return found
+            saved.setdefault(name, {})[path_from(index, key, len(prefix) + len(name) + 1)] = key
+    return saved
 
 
 def saved_model(index: Index) -> dict[str, Names]:
@@ -101,7 +108,7 @@ def saved_model(index: Index) -> dict[str, Names]:
 
 
 def _owner(name: str, values: Collection[str]) -> str:
-    ends = [at for at, character in enumerate(name) if character == "."]
+    ends = [number for number, character in enumerate(name) if character == "."]
     return next((name[:end] for end in ends if name[:end] in values), name)
 
 

@@ -1,14 +1,13 @@
-"""The state of a ShardedRAdam in a checkpoint.
+"""The state of a ShardedRAdam in a checkpoint: what it is saved as, and what a load makes of what was saved.
 
-All is matched by the parameters' names, or by their position where neither side has names, as torch does.
+Knowledge runs one way: the optimizer gives its :class:`OptimizerPart`, and takes what an :class:`OptimizerPlan` has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,78 +15,36 @@ from torch import Tensor, nn
 from sharded_radam.buckets.flat import Flat
 from sharded_radam.buckets.memory import is_zero
 from sharded_radam.buckets.range_tensor import RangeTensor
+from sharded_radam.checkpoint.draft import ToSave
 from sharded_radam.checkpoint.format.chunks import DataFiles
 from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.nesting import Names, read_nested
 from sharded_radam.checkpoint.format.reading import Target, read_value
-from sharded_radam.checkpoint.format.saved_optimizer import (
-    SavedOptimizer,
-    differing_options,
-    find_optimizer,
-    read_options,
-)
+from sharded_radam.checkpoint.format.saved_optimizer import SavedOptimizer, find_optimizer
+from sharded_radam.checkpoint.matching import merge_groups, names_in, names_of
 from sharded_radam.checkpoint.parts import OfRank0
+from sharded_radam.checkpoint.report import LoadReport, expect_all
+from sharded_radam.checkpoint.undo import Change
+from sharded_radam.preflight import check_shardable
 from sharded_radam.replicas import Facts, facts
-from sharded_radam.state.dicts import Entry, export_step, pack_groups, plain_name, users_own
+from sharded_radam.state.dicts import Entry, export_step, pack_groups, users_own
 from sharded_radam.state.values import is_dense_tensor
 
-_SHOWN = 10
+Entries = Sequence[Sequence[Entry | None]]
+"""For each flat and each of its slots what its state becomes; None where that is left alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What was loaded: parameters found of all that there are, elements of state, and what the checkpoint says.
+class Shardable(Protocol):
+    """What a checkpoint asks of a ShardedRAdam."""
 
-    ``from_masters``: how many parameters, not of half precision here, have the saved fp32 masters as their weights.
-    """
+    def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
+        """What is saved of it, and what a load needs to know."""
 
-    loaded: int
-    parameters: int
-    numel: int
-    step: int
-    world_size: int | None
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
-    from_masters: int = 0
-
-    def __str__(self) -> str:
-        saved_at = f"saved at world size {self.world_size}" if self.world_size else "saved by torch"
-        found = f"{self.loaded}/{self.parameters} parameters, {self.numel / 1e6:.4g} M elements, step {self.step}"
-        masters = [f"weights of {self.from_masters} parameters from fp32 masters"] if self.from_masters else []
-        return "; ".join([f"{found}, {saved_at}", *masters, *self.differences()])
-
-    def differences(self) -> list[str]:
-        """Names that are missing, unexpected or mismatched, as text."""
-        return list_differences(self.missing, self.unexpected, self.mismatched)
+    def take_over(self, groups: list[dict[str, Any]], entries: Entries) -> int:
+        """Take over what was checked; return how many weights became masters."""
 
 
-def list_differences(missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> list[str]:
-    """What of a checkpoint does not fit, as text; nothing if all does."""
-    kinds = {
-        "missing in the checkpoint": missing,
-        "unexpected in the checkpoint": unexpected,
-        "mismatched": mismatched,
-    }
-    return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
-
-
-def expect_all(report: LoadReport, strict: bool) -> None:
-    """Raise ValueError if something of a checkpoint does not fit, and ``strict``."""
-    if strict and report.differences():
-        raise ValueError(
-            f"{'; '.join(report.differences())}. Expected the same parameters on both sides; strict=False loads "
-            "what fits and leaves the rest of the optimizer alone"
-        )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-class _Match(NamedTuple):
+class _ParamMatch(NamedTuple):
     """A slot of flat number ``flat``, and what the checkpoint has for it: kinds -> names, None if it is not there."""
 
     flat: int
@@ -97,22 +54,42 @@ class _Match(NamedTuple):
     problem: str | None
 
 
-class _Loading(NamedTuple):
-    """Memory for the state of one slot."""
+class _StagedState(NamedTuple):
+    """Memory for the state of one slot, to be filled by a load; and what users keep."""
 
     step: Tensor
     tensors: dict[str, Tensor]
     own: dict[str, Any]
 
+    def entry(self) -> Entry:
+        return Entry(self.step.item(), dict(self.tensors) or None, self.own)
+
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A load of which all is decided: what to read, and what to do with it."""
+class OptimizerPlan:
+    """A load of which all is decided: what to read, and then what the optimizer is to take over.
+
+    ``staged`` has the memory for each flat and each of its slots, None where the state is left alone.
+    """
 
     targets: list[Target]
-    loading: dict[tuple[int, int], _Loading]
+    staged: list[list[_StagedState | None]]
     groups: list[dict[str, Any]]
     report: LoadReport
+    changes: tuple[Change, ...] = ()
+
+    def entries(self) -> Entries:
+        """When the targets have been read."""
+        return [[state and state.entry() for state in slots] for slots in self.staged]
+
+    def no_entries(self) -> Entries:
+        """Those that leave all state alone."""
+        return [[None] * len(slots) for slots in self.staged]
+
+    def report_taken_over(self, from_masters: int) -> LoadReport:
+        """The report, when the optimizer has taken it over."""
+        steps = [int(state.step.item()) for slots in self.staged for state in slots if state is not None]
+        return replace(self.report, step=max(steps, default=0), from_masters=from_masters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,25 +101,26 @@ class OptimizerPart:
         param_groups: its groups.
         state: its state, of which this reads the step counters.
         model: whose parameters' names are to be used, if the optimizer was built without.
-        check: raises ValueError for groups that the optimizer cannot have.
-        adopt: takes new groups, and for each flat an entry for each slot, None for those to be left alone; returns how
-            many weights became masters.
+        is_fused: whether the fused engine was asked for, which does not take all groups.
         has_one_copy: whether all ranks have their parameters in the same memory.
     """
 
     flats: Sequence[Flat]
-    param_groups: Sequence[dict[str, Any]]
+    param_groups: list[dict[str, Any]]
     state: Mapping[Tensor, Any]
     model: nn.Module | None
-    check: Callable[[list[dict[str, Any]]], object]
-    adopt: Callable[[list[dict[str, Any]], list[list[Entry | None]]], int]
-    has_one_copy: bool = False
+    is_fused: bool
+    has_one_copy: bool
 
     # Saving
 
+    def collect(self) -> ToSave:
+        """A checkpoint of this optimizer alone, under the key "optim"."""
+        return ToSave({"optim": self.content()}, info={"step": self.step()}, replicas=self.facts())
+
     def content(self) -> dict[str, Any]:
         """The state as range tensors, in the form of torch's ``get_optimizer_state_dict``, or of ``state_dict``."""
-        names = self.names()
+        names = names_of(self.param_groups, self.model)
         groups = pack_groups(self.param_groups)
         state = {}
         for flat in self.flats:
@@ -159,69 +137,50 @@ class OptimizerPart:
 
     def facts(self) -> Facts:
         """What must be equal on all ranks."""
-        names = {param: names[0] for param, names in self.names().items()}
+        names = {param: names[0] for param, names in names_of(self.param_groups, self.model).items()}
         taken = {param: names[param] for flat in self.flats for param in flat.params}
         return facts(self.param_groups, self.state, taken, self.has_one_copy)
 
     def _users_own(self, param: Tensor) -> dict[str, Any]:
         """Tensors of the parameter's shape are equal on all ranks, as it is; of anything else rank 0's counts."""
-        found = users_own(self.state[param])
-        if others := [key for key in found if not isinstance(key, str)]:
+        own = users_own(self.state[param])
+        if others := [key for key in own if not isinstance(key, str)]:
             raise ValueError(f"optimizer.state has the keys {others} for a parameter, which cannot be saved: use text")
         return {
             key: value if is_dense_tensor(value) and value.shape == param.shape else OfRank0(value)
-            for key, value in found.items()
+            for key, value in own.items()
         }
 
     def step(self) -> int:
         """The largest number of steps that a parameter has taken."""
         return max((int(self.state[param]["step"]) for flat in self.flats for param in flat.params), default=0)
 
-    def _has_names(self) -> bool:
-        return self.model is not None or all("param_names" in group for group in self.param_groups)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def names(self) -> dict[Tensor, tuple[str, ...]]:
-        """Names of every parameter: of a tied one all that the model has for it; its number where there are none."""
-        params = self._params()
-        pairs: list[tuple[Tensor, str]]
-        if self.model is not None:
-            pairs = [(param, plain_name(name)) for name, param in self.model.named_parameters(remove_duplicate=False)]
-        elif self._has_names():
-            listed = [plain_name(name) for group in self.param_groups for name in group["param_names"]]
-            pairs = [*zip(params, listed, strict=True)]
-        else:
-            pairs = [(param, str(index)) for index, param in enumerate(params)]
-        found: dict[Tensor, list[str]] = {}
-        owners: dict[str, Tensor] = {}
-        for param, name in pairs:
-            found.setdefault(param, []).append(name)
-            if owners.setdefault(name, param) is not param:
-                raise ValueError(f"two parameters are called '{name}': give the optimizer names that differ")
-        if unknown := [index for index, param in enumerate(params) if param not in found]:
-            raise ValueError(f"parameters {unknown[:_SHOWN]} of the optimizer are not the given model's")
-        return {param: tuple(found[param]) for param in params}
-
     # Loading
 
-    def prepare(self, index: Index, files: DataFiles, strict: bool, prefix: str | None) -> Prepared:
+    def prepare(self, index: Index, files: DataFiles, strict: bool, prefix: str | None) -> OptimizerPlan:
         """Match names, and find memory for what is to be read: as much as the own shards on CPU, or these themselves.
 
         Raises:
             ValueError: there is no optimizer in the checkpoint; or names, shapes or groups differ, and ``strict``.
         """
         saved = find_optimizer(index, files, prefix)
-        names = self.names_in(saved)
+        names = names_in(saved, self.param_groups, self.model)
         matches = self._match(index, saved, names)
-        groups, differing = self.merge_groups(index, saved, names, files)
+        groups, differing = merge_groups(index, saved, self.param_groups, names, files)
         fitting = [match for match in matches if match.kinds is not None and match.problem is None]
-        targets, loading = self._make_targets(index, files, fitting)
+        staged, targets = self._stage(index, files, fitting)
+        ranges = [
+            tensor
+            for slots in staged
+            for state in slots
+            if state is not None
+            for tensor in state.tensors.values()
+            if isinstance(tensor, RangeTensor)
+        ]
         report = LoadReport(
             loaded=len(fitting),
             parameters=len(matches),
-            numel=sum(t.numel() for into in loading.values() for t in into.tensors.values() if _is_part(t)),
+            numel=sum(tensor.numel() for tensor in ranges),
             step=0,
             world_size=index.info.get("world_size"),
             missing=tuple(m.name for m in matches if m.kinds is None and self._param(m).requires_grad),
@@ -229,59 +188,28 @@ class OptimizerPart:
             mismatched=(*(m.problem for m in matches if m.problem is not None), *differing),
         )
         expect_all(report, strict)
-        self.check(groups)
-        return Prepared(targets, loading, groups, report)
+        check_shardable(groups, self.is_fused)
+        return OptimizerPlan(targets, staged, groups, report)
 
-    def apply(self, prepared: Prepared) -> LoadReport:
-        """Put what was read into the optimizer; nothing in it can fail."""
-        entries: list[list[Entry | None]] = [[None] * len(flat.params) for flat in self.flats]
-        for (flat, slot), into in prepared.loading.items():
-            entries[flat][slot] = Entry(into.step.item(), dict(into.tensors) or None, into.own)
-        from_masters = self.adopt(prepared.groups, entries)
-        step = max((int(into.step.item()) for into in prepared.loading.values()), default=0)
-        return replace(prepared.report, step=step, from_masters=from_masters)
-
-    def _param(self, match: _Match) -> Tensor:
+    def _param(self, match: _ParamMatch) -> Tensor:
         return self.flats[match.flat].params[match.slot]
 
-    def names_in(self, saved: SavedOptimizer) -> dict[Tensor, tuple[str, ...]]:
-        """Under which names the checkpoint may have our parameters."""
-        if saved.is_numbered:
-            ours = [len(group["params"]) for group in self.param_groups]
-            theirs = [len(names) for names in saved.members]
-            if ours != theirs:
-                raise ValueError(
-                    f"the checkpoint has no parameter names, and groups of {theirs} parameters; the optimizer has "
-                    f"groups of {ours}. Without names both must have the same groups"
-                )
-            numbers = [number for members in saved.members for number in members]
-            return {param: (number,) for param, number in zip(self._params(), numbers, strict=True)}
-        if not self._has_names():
-            raise ValueError(
-                "the checkpoint has names of parameters, the optimizer has none: build it with "
-                "model.named_parameters(), or pass model="
-            )
-        saved_as = {own: name for name, own in saved.called.items()}
-        return {
-            param: (*names, *(saved_as[name] for name in names if name in saved_as))
-            for param, names in self.names().items()
-        }
-
-    def _match(self, index: Index, saved: SavedOptimizer, names: Mapping[Tensor, tuple[str, ...]]) -> list[_Match]:
-        known, found = saved.names, []
-        for at, flat in enumerate(self.flats):
+    def _match(self, index: Index, saved: SavedOptimizer, names: Mapping[Tensor, tuple[str, ...]]) -> list[_ParamMatch]:
+        known, matches = saved.names, []
+        for number, flat in enumerate(self.flats):
             for slot, param in enumerate(flat.params):
                 name = next((name for name in names[param] if name in known), None)
                 kinds = None if name is None else saved.state.get(name, {})
                 problem = _problem(index, name or "", kinds or {}, flat.specs[slot].shape, param)
-                found.append(_Match(at, slot, name or names[param][0], kinds, problem))
-        return found
+                matches.append(_ParamMatch(number, slot, name or names[param][0], kinds, problem))
+        return matches
 
-    def _make_targets(
-        self, index: Index, files: DataFiles, matches: Sequence[_Match]
-    ) -> tuple[list[Target], dict[tuple[int, int], _Loading]]:
+    def _stage(
+        self, index: Index, files: DataFiles, matches: Sequence[_ParamMatch]
+    ) -> tuple[list[list[_StagedState | None]], list[Target]]:
+        """Memory for what fits, and what is to be read into it."""
         targets: list[Target] = []
-        loading: dict[tuple[int, int], _Loading] = {}
+        staged: list[list[_StagedState | None]] = [[None] * len(flat.params) for flat in self.flats]
         memory = [_memory_for(flat) for flat in self.flats]
         for match in matches:
             assert match.kinds is not None
@@ -291,7 +219,7 @@ class OptimizerPart:
             if "master" in match.kinds and "master" not in tensors:  # the weights, which are whole
                 tensors["master"] = torch.empty(self._param(match).shape, dtype=torch.float32)
             own = {kind: _memory(index, names, files) for kind, names in users_own(match.kinds).items()}
-            loading[match.flat, match.slot] = _Loading(step, tensors, own)
+            staged[match.flat][match.slot] = _StagedState(step, tensors, own)
             for kind, tensor in tensors.items():
                 is_live = kind in ranges and memory[match.flat][kind] is self.flats[match.flat].state[kind]
                 boxes = tensor.boxes() if isinstance(tensor, RangeTensor) else {(0,) * tensor.dim(): tensor}
@@ -306,27 +234,7 @@ class OptimizerPart:
                 targets.append(Target(key, (0,) * len(shape), step.view(shape)))
             elif key is not None:
                 step.fill_(float(read_value(index, key, files)))
-        return targets, loading
-
-    def merge_groups(
-        self, index: Index, saved: SavedOptimizer, names: Mapping[Tensor, tuple[str, ...]], files: DataFiles
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Our groups, each with the options of the saved groups that had its parameters, if these have the same."""
-        group_of = {name: at for at, members in enumerate(saved.members) for name in members}
-        options: dict[int, dict[str, Any]] = {}
-        merged, differing = [], []
-        for number, group in enumerate(self.param_groups):
-            held = [name for param in group["params"] for name in names[param] if name in group_of]
-            sources = dict.fromkeys(group_of[name] for name in held)
-            for at in sources:
-                if at not in options:
-                    options[at] = read_options(index, saved.groups[at], files)
-            found = [options[at] for at in sources]
-            keys = sorted({key for other in found[1:] for key in differing_options(found[0], other)})
-            if keys:
-                differing.append(f"param group {number} (it was in groups that differ in {', '.join(keys)})")
-            merged.append({**group, **(deepcopy(found[0]) if found and not keys else {})})
-        return merged, differing
+        return staged, targets
 
 
 def _problem(index: Index, name: str, kinds: Mapping[str, Names], shape: tuple[int, ...], param: Tensor) -> str | None:
@@ -336,16 +244,12 @@ def _problem(index: Index, name: str, kinds: Mapping[str, Names], shape: tuple[i
     for kind in ("exp_avg", "exp_avg_sq", "master"):
         if kind in kinds and kinds[kind].get(()) not in index.tensors:
             return f"{name} ({kind} is no tensor in the checkpoint)"
-        found = index.tensors.get(kinds.get(kind, {}).get((), ""))
-        if found is not None and found.shape != shape:
-            return f"{name} ({kind} has shape {found.shape} in the checkpoint, expected {shape})"
-        if found is not None and found.dtype.is_complex != param.is_complex():
-            return f"{name} ({kind} is {found.dtype} in the checkpoint, and the parameter {param.dtype})"
+        saved = index.tensors.get(kinds.get(kind, {}).get((), ""))
+        if saved is not None and saved.shape != shape:
+            return f"{name} ({kind} has shape {saved.shape} in the checkpoint, expected {shape})"
+        if saved is not None and saved.dtype.is_complex != param.is_complex():
+            return f"{name} ({kind} is {saved.dtype} in the checkpoint, and the parameter {param.dtype})"
     return None
-
-
-def _is_part(tensor: Tensor) -> bool:
-    return isinstance(tensor, RangeTensor)
 
 
 def _memory(index: Index, names: Names, files: DataFiles) -> Any:

@@ -19,16 +19,18 @@ from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.nesting import Names, read_nested
 from sharded_radam.checkpoint.format.reading import Target
 from sharded_radam.checkpoint.format.saved_optimizer import find_optimizer
-from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart, expect_all
+from sharded_radam.checkpoint.matching import merge_groups, names_in, names_of
 from sharded_radam.checkpoint.parts import OfRank0, Opaque
+from sharded_radam.checkpoint.report import LoadReport, expect_all
 from sharded_radam.checkpoint.undo import PutBack, remember_object, reset
 from sharded_radam.state.dicts import pack_groups
 from sharded_radam.state.values import without_numpy
 
 _OTHER = "other"
+"""The key of what is neither a parameter's state nor a group."""
 
 
-class PreparedOther(NamedTuple):
+class OtherPlan(NamedTuple):
     """A load of which all is decided: what to read, and the state dict that it makes."""
 
     targets: list[Target]
@@ -50,44 +52,39 @@ class OtherPart:
             ValueError: the state is sharded.
             TypeError: a key of it is no text.
         """
-        found = dict(self.optimizer.state_dict())
-        state, groups = found.pop("state"), found.pop("param_groups")
-        names, ours = self._matcher.names(), self._groups
+        others = dict(self.optimizer.state_dict())
+        state, groups = others.pop("state"), others.pop("param_groups")
+        names, ours = names_of(self._groups, self.model), self._groups
         name_of = {
             number: names[param][0]
             for packed, group in zip(groups, ours, strict=True)
             for number, param in zip(packed["params"], group["params"], strict=True)
         }
-        if others := {key: value for key, value in state.items() if key not in name_of}:
-            found["state"] = others
+        if unnamed := {key: value for key, value in state.items() if key not in name_of}:
+            others["state"] = unnamed
         kept = [_kept({key: value for key, value in group.items() if key != "params"}) for group in groups]
         for group, packed in zip(kept, groups, strict=True):
             numbers = packed["params"]
             group["params"] = OfRank0([name_of[number] for number in numbers])
         named = {name_of[key]: _kept(values) for key, values in state.items() if key in name_of}
-        return {"state": named, "param_groups": kept, **({_OTHER: Opaque(found)} if found else {})}
+        return {"state": named, "param_groups": kept, **({_OTHER: Opaque(others)} if others else {})}
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         return groups
 
-    @property
-    def _matcher(self) -> OptimizerPart:
-        """What knows names of parameters: a part of an optimizer without shards."""
-        return OptimizerPart([], self._groups, {}, self.model, lambda groups: None, lambda groups, entries: 0)
-
     # Loading
 
-    def prepare(self, index: Index, files: DataFiles, strict: bool, prefix: str) -> PreparedOther:
+    def prepare(self, index: Index, files: DataFiles, strict: bool, prefix: str) -> OtherPlan:
         """Match names, and make memory for the tensors.
 
         Raises:
             ValueError: there is no optimizer in the checkpoint; or names, shapes or groups differ, and ``strict``.
         """
         saved = find_optimizer(index, files, prefix)
-        names = self._matcher.names_in(saved)
-        groups, differing = self._matcher.merge_groups(index, saved, names, files)
+        names = names_in(saved, self._groups, self.model)
+        groups, differing = merge_groups(index, saved, self._groups, names, files)
         packed = pack_groups(groups)
         numbered = {
             number: param
@@ -117,7 +114,7 @@ class OtherPart:
         world_size = index.info.get("world_size")
         report = LoadReport(loaded, len(numbered), numel, 0, world_size, tuple(missing), unexpected, tuple(mismatched))
         expect_all(report, strict)
-        return PreparedOther(targets, {**content, "state": state, "param_groups": packed}, report)
+        return OtherPlan(targets, {**content, "state": state, "param_groups": packed}, report)
 
     def remember(self) -> PutBack:
         """What puts the optimizer back: without copies, since torch's ``load_state_dict`` exchanges tensors."""
@@ -135,11 +132,11 @@ class OtherPart:
 
         return put_back
 
-    def load(self, prepared: PreparedOther) -> LoadReport:
+    def load(self, plan: OtherPlan) -> LoadReport:
         """Load what was read; hooks, and other optimizers' own ways, may fail."""
-        self.optimizer.load_state_dict(prepared.state_dict)
-        counts = [values.get("step", 0) for values in prepared.state_dict["state"].values() if isinstance(values, dict)]
-        return replace(prepared.report, step=max((int(count) for count in counts), default=0))
+        self.optimizer.load_state_dict(plan.state_dict)
+        counts = [values.get("step", 0) for values in plan.state_dict["state"].values() if isinstance(values, dict)]
+        return replace(plan.report, step=max((int(count) for count in counts), default=0))
 
 
 def _kept(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -13,20 +13,17 @@ users keep for themselves, and scalars such as step counters, each value once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sharded_radam.buckets.memory import dim_order, is_dense, large_pages
+from sharded_radam.buckets.memory import dim_order, is_dense
 from sharded_radam.buckets.range_tensor import RangeTensor
-from sharded_radam.checkpoint.format.nesting import Path, flatten, parts
+from sharded_radam.checkpoint.format.nesting import Path, flatten_nested, leaves_of
 from sharded_radam.state.values import is_dense_tensor, plain
 
 CHUNK_BYTES = 64 * 2**20
@@ -50,7 +47,7 @@ class OfRank0:
     value: Any
 
 
-class Part(NamedTuple):
+class BoxData(NamedTuple):
     """Elements of the tensor ``key`` at ``offsets``; ``data`` has its own storage, and views live memory."""
 
     key: str
@@ -59,16 +56,16 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class RankPart:
     """One rank's part: what it writes, and on rank 0, which commits, what there is altogether.
 
-    ``described`` has dtype and shape of every tensor; ``parts`` and ``objects`` are for this rank to write; keys of
+    ``described`` has dtype and shape of every tensor; ``boxes`` and ``objects`` are for this rank to write; keys of
     ``aliases`` are the same as another, which alone is written; ``outline`` is what must be alike on all ranks.
     """
 
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     paths: dict[str, Path]
-    parts: list[Part]
+    boxes: list[BoxData]
     objects: dict[str, Any]
     aliases: dict[str, str]
     outline: str
@@ -78,7 +75,7 @@ class Contents:
         return hashlib.sha256(self.outline.encode()).hexdigest()
 
 
-def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> Contents:
+def part_of_rank(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world_size: int) -> RankPart:
     """What a rank writes.
 
     Args:
@@ -91,7 +88,7 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
     Raises:
         ValueError: a value cannot be saved; on whichever rank has it.
     """
-    flat, paths = flatten(nested)
+    flat, paths = flatten_nested(nested)
     tensors = {key: value.detach() for key, value in flat.items() if isinstance(value, Tensor)}
     tied = _tied(tensors)
     shapes = sorted((key, value.dtype, tuple(value.shape)) for key, value in tensors.items())
@@ -109,15 +106,15 @@ def contents(nested: Mapping[str, Any], own: Mapping[str, Any], rank: int, world
         for key, value in tensors.items()
         if not isinstance(value, RangeTensor) and key not in scalars and key not in tied
     }
-    written = [part for key, value in _share(replicated, rank, world_size) for part in _parts(key, value, rank)]
+    boxes = [box for key, value in _share(replicated, rank, world_size) for box in _boxes(key, value, rank)]
     for key, value in tensors.items():
         if isinstance(value, RangeTensor):
-            written += _parts(key, value, rank)
+            boxes += _boxes(key, value, rank)
     for key, value in whole.items():
         if rank == 0 and key not in aliases:
-            written += _parts(key, _as_ranges(value), rank)
+            boxes += _boxes(key, _as_ranges(value), rank)
     described = {key: (value.dtype, tuple(value.shape)) for key, value in {**tensors, **whole}.items()}
-    return Contents(described, paths, written, objects, aliases, outline)
+    return RankPart(described, paths, boxes, objects, aliases, outline)
 
 
 def _of_rank_0(flat: Mapping[str, Any], paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -132,8 +129,8 @@ def _of_rank_0(flat: Mapping[str, Any], paths: dict[str, Path]) -> tuple[dict[st
             continue
         outer = paths.pop(key)
         # A buffer may be large: it is copied as what all ranks have is.
-        found = value.value.detach() if is_dense_tensor(value.value) else plain(value.value, key)
-        for inner, leaf in parts(found).items():
+        plain_value = value.value.detach() if is_dense_tensor(value.value) else plain(value.value, key)
+        for inner, leaf in leaves_of(plain_value).items():
             name = ".".join(map(str, (key, *inner)))
             if name in paths:
                 raise ValueError(f"two values are called {name}: rename one of them")
@@ -145,48 +142,16 @@ def _of_rank_0(flat: Mapping[str, Any], paths: dict[str, Path]) -> tuple[dict[st
     return objects, whole
 
 
-class Staging:
-    """Host memory for a copy of a rank's part, so that live tensors may change; used again by the next save.
-
-    New memory is what takes time: a page is cleared by the system before a byte is copied.
-    """
-
-    def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
-
-    def copy(self, source: Contents) -> Contents:
-        """The same with tensors in this memory, on CPU: as many bytes as are written, and those of the last copy."""
-        sizes = [-(-part.data.nbytes // 64) * 64 for part in source.parts]
-        if self._memory is None or len(self._memory) < sum(sizes):
-            self.free()
-            self._memory = large_pages(max(sum(sizes), 1))
-        storage, copies, at = torch.frombuffer(self._memory, dtype=torch.uint8).untyped_storage(), [], 0
-        for part, size in zip(source.parts, sizes, strict=True):
-            copy = torch.empty(0, dtype=part.data.dtype)
-            copy.set_(storage[at : at + part.data.nbytes], 0, part.data.shape)  # type: ignore[call-overload]
-            copy.copy_(part.data)
-            copies.append(Part(part.key, part.offsets, copy))
-            at += size
-        return replace(source, parts=copies, objects=deepcopy(source.objects))
-
-    def free(self) -> None:
-        """Give the memory back to the system, now: torch.save leaves cycles that keep it until garbage is collected."""
-        if self._memory is not None:
-            with contextlib.suppress(AttributeError):
-                self._memory.madvise(mmap.MADV_DONTNEED)
-            self._memory = None
-
-
 def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of tensors of all ranks that are the same memory, such as tied weights, all but the first."""
     first: dict[Any, str] = {}
-    found = {}
+    tied = {}
     for key, value in tensors.items():
         if value.dim() and value.numel() and not isinstance(value, RangeTensor):
             original = first.setdefault((value.data_ptr(), value.dtype, value.shape, value.stride()), key)
             if original != key:
-                found[key] = original
-    return found
+                tied[key] = original
+    return tied
 
 
 def _is_scalar(value: Tensor) -> bool:
@@ -196,12 +161,12 @@ def _is_scalar(value: Tensor) -> bool:
 def _aliases(scalars: Mapping[str, Tensor]) -> dict[str, str]:
     """Of scalars with one value, such as step counters, all but the first."""
     first: dict[Any, str] = {}
-    found = {}
+    aliases = {}
     for key, value in scalars.items():
         original = first.setdefault((value.dtype, bytes(value.reshape(1).view(torch.uint8).tolist())), key)
         if original != key:
-            found[key] = original
-    return found
+            aliases[key] = original
+    return aliases
 
 
 def _as_ranges(tensor: Tensor) -> RangeTensor:
@@ -213,25 +178,34 @@ def _as_ranges(tensor: Tensor) -> RangeTensor:
 
 def _share(tensors: Mapping[str, RangeTensor], rank: int, world_size: int) -> Iterator[tuple[str, RangeTensor]]:
     """A rank's equal part of the bytes of all tensors together; empty tensors are rank 0's."""
-    total, at = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values()), 0
+    memories = {key: tensor.pieces[0][1] for key, tensor in tensors.items()}
+    total = sum(memory.nbytes for memory in memories.values())
     first, last = total * rank // world_size, total * (rank + 1) // world_size
+    begin = 0  # of the tensor, among the bytes of all
     for key, tensor in tensors.items():
-        (_, memory), size = tensor.pieces[0], tensor.dtype.itemsize
-        start, stop = (min(max(-(-(edge - at) // size), 0), memory.numel()) for edge in (first, last))
-        at += memory.numel() * size
+        memory = memories[key]
+        start, stop = _element_from(memory, first - begin), _element_from(memory, last - begin)
         pieces = [(start, memory.narrow(0, start, stop - start))] if start < stop else []
         yield key, RangeTensor(tensor.shape, pieces, tensor.memory_order, tensor.dtype, tensor.device)
+        begin += memory.nbytes
 
 
-def _parts(key: str, tensor: RangeTensor, rank: int) -> list[Part]:
+def _element_from(memory: Tensor, byte: int) -> int:
+    """The first element that begins at a byte or later, or the end."""
+    number = -(-byte // memory.dtype.itemsize)  # rounded up
+    return min(max(number, 0), memory.numel())
+
+
+def _boxes(key: str, tensor: RangeTensor, rank: int) -> list[BoxData]:
     """The elements of a range tensor as boxes of at most CHUNK_BYTES; of an empty one, rank 0 writes that."""
     if not tensor.numel():
-        return [Part(key, (0,) * tensor.dim(), torch.empty(tensor.shape, dtype=tensor.dtype))] if rank == 0 else []
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return [BoxData(key, (0,) * tensor.dim(), empty)] if rank == 0 else []
     most = max(1, CHUNK_BYTES // tensor.dtype.itemsize)
     pieces = [
-        (start + at, piece.narrow(0, at, min(most, piece.numel() - at)))
+        (start + begin, piece.narrow(0, begin, min(most, piece.numel() - begin)))
         for start, piece in tensor.pieces
-        for at in range(0, piece.numel(), most)
+        for begin in range(0, piece.numel(), most)
     ]
     split = RangeTensor(tensor.shape, pieces, tensor.memory_order, tensor.dtype, tensor.device)
-    return [Part(key, tuple(offsets), view) for offsets, view in split.boxes().items()]
+    return [BoxData(key, tuple(offsets), view) for offsets, view in split.boxes().items()]

@@ -29,6 +29,9 @@ Branch = tuple[tuple[int, int], ...]
 
 MODES = ("min", "max")
 
+_MOST_KEPT = 4096
+"""Manifests that are not read again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -81,30 +84,30 @@ def read_records(folder: Path) -> list[Record]:
     One whose manifest is damaged counts as of the branch that was written last: if it has the largest step there, it is
     the latest, and an error when it is loaded.
     """
-    found: list[Record] = []
+    records: list[Record] = []
     for step in directory.committed_steps(folder):
         path = directory.step_path(folder, step)
         try:
             record = record_of(step, _info(path, _stamp(path)))
         except (OSError, ValueError, TypeError, OverflowError):
             record = Record(step, -1, ((0, step),), is_readable=False)
-        found.append(replace(record, is_protected=directory.is_protected(path)))
-    newest = max((record for record in found if record.is_readable), key=_age, default=None)
-    if newest is None:
-        return found
-    return [r if r.is_readable else replace(r, branch=(*newest.branch[:-1], (newest.own, r.step))) for r in found]
+        records.append(replace(record, is_protected=directory.is_protected(path)))
+    last = newest([record for record in records if record.is_readable])
+    if last is None:
+        return records
+    return [r if r.is_readable else replace(r, branch=(*last.branch[:-1], (last.own, r.step))) for r in records]
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
     """What changes if another checkpoint has the name."""
     try:
-        found = (path / MANIFEST).stat()
+        stat = (path / MANIFEST).stat()
     except FileNotFoundError:
         return ()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(_MOST_KEPT)
 def _info(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
     return read_info(path)
 
@@ -133,8 +136,8 @@ def latest(records: Sequence[Record]) -> int | None:
 def best(records: Sequence[Record], mode: str) -> int | None:
     """The step with the smallest or largest value, the first one with it; None if none has a value other than NaN."""
     sign = 1 if mode == "min" else -1
-    found = [r for r in records if r.value is not None and not math.isnan(r.value)]
-    return min(found, key=lambda r: (sign * (r.value or 0.0), *_age(r))).step if found else None
+    valued = [r for r in records if r.value is not None and not math.isnan(r.value)]
+    return min(valued, key=lambda r: (sign * (r.value or 0.0), *_age(r))).step if valued else None
 
 
 def stale(records: Sequence[Record], keep: int, mode: str) -> list[int]:
@@ -152,22 +155,22 @@ def stale(records: Sequence[Record], keep: int, mode: str) -> list[int]:
     return [record.step for record in records if record.step not in stay and not record.is_protected]
 
 
-def next_branch(records: Sequence[Record], step: int, loaded: Record | None, before: Branch | None) -> Branch:
+def next_branch(records: Sequence[Record], step: int, loaded: Record | None, last_saved: Branch | None) -> Branch:
     """The branch of a save.
 
     Args:
         records: all that there are.
         step: that is saved.
         loaded: the checkpoint that was loaded since the last save, if one was.
-        before: the branch of this process's last save, if there was one. Without both, the save continues what was
+        last_saved: the branch of this process's last save, if there was one. Without both, the save continues what was
             written last.
     """
     number = count(records)
-    went_on = {at for record in records for at in record.branch}
+    went_on = {passed for record in records for passed in record.branch}
     if loaded is not None and any(own == loaded.own and last > loaded.step for own, last in went_on):
         return (*loaded.branch, (number, step))
     last = newest(records)
-    branch = (loaded.branch if loaded else before) or (last.branch if last else ((number, step),))
+    branch = (loaded.branch if loaded else last_saved) or (last.branch if last else ((number, step),))
     return (*branch[:-1], (branch[-1][0], step))
 
 
@@ -196,7 +199,7 @@ class History:
         self._keep = keep
         self._mode = mode
         self.loaded: Record | None = None
-        self._before: Branch | None = None
+        self._last_saved: Branch | None = None
         self._writing: Branch | None = None
 
     def place(self, step: int, value: Any) -> tuple[dict[str, Any], bool]:
@@ -208,14 +211,14 @@ class History:
         """
         directory.recover(self._folder)
         records = read_records(self._folder)
-        branch = next_branch(records, step, self.loaded, self._before)
+        branch = next_branch(records, step, self.loaded, self._last_saved)
         replaced = [record for record in records if record.step == step and not is_on(record, branch)]
         if any(record.is_protected for record in replaced):
             raise ValueError(
                 f"there is a step {step}, which training has gone back from, and which is protected: protect({step}, "
                 "False) first, or save another number"
             )
-        continues = self.loaded.step if self.loaded else self._before[-1][1] if self._before else None
+        continues = self.loaded.step if self.loaded else self._last_saved[-1][1] if self._last_saved else None
         notes: dict[str, Any] = {"written": count(records), "branch": branch, "continues": continues}
         if value is not None:
             notes |= {"best": number_of(value), "best_mode": self._mode}
@@ -224,7 +227,7 @@ class History:
 
     def saved(self) -> None:
         """What was placed last is committed: others may go."""
-        self._before, self.loaded = self._writing, None
+        self._last_saved, self.loaded = self._writing, None
         if self._keep is None:
             return
         try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sharded_radam.checkpoint.agreement import Agreement
+from sharded_radam.store.agreement import Agreement
 
 logger = logging.getLogger("sharded_radam")
 
@@ -63,6 +63,11 @@ def _try(what: str, action: Callable[[], Any]) -> Any:
     except Exception as error:
         text = f"{what} could not be loaded, so all is as it was: {type(error).__name__}: {error}"
         raise ValueError(text) from error
+
+
+def loading_into(thing: Any, what: str, state: Any) -> Change:
+    """Anything with ``load_state_dict``."""
+    return Change(what, lambda: remember_object(thing), lambda: thing.load_state_dict(state))
 
 
 def remember_object(thing: Any) -> PutBack:

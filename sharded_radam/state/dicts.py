@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _get_scalar_dtype
 
-from sharded_radam.buckets.flat import HALF_DTYPES
 from sharded_radam.buckets.range_tensor import RangeTensor
+from sharded_radam.dtypes import HALF_DTYPES
 from sharded_radam.state.values import is_dense_tensor, plain, without_numpy
 
 KINDS = ("step", "exp_avg", "exp_avg_sq", "master")

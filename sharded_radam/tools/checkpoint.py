@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import sharded_radam.checkpoint.retention as retention
-from sharded_radam.checkpoint.convert.exporting import export_model
-from sharded_radam.checkpoint.convert.tools import consolidate, differences, import_file, summary
+from sharded_radam.checkpoint.convert.consolidate import consolidate
+from sharded_radam.checkpoint.convert.export_model import export_model
+from sharded_radam.checkpoint.convert.import_file import import_file
+from sharded_radam.checkpoint.convert.inspection import differences, summary
 from sharded_radam.checkpoint.format.directory import step_path
 from sharded_radam.checkpoint.format.index import Index, read_index
 from sharded_radam.checkpoint.format.verification import verify

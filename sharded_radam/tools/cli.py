@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from sharded_radam.checkpoint.agreement import CheckpointError
+from sharded_radam.store.agreement import CheckpointError
 from sharded_radam.tools import checkpoint, doctor, plan
 
 

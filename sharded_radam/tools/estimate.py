@@ -36,9 +36,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sharded_radam.buckets.flat import HALF_DTYPES
 from sharded_radam.buckets.range_tensor import range_boxes
 from sharded_radam.checkpoint.parts import CHUNK_BYTES
+from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, ShardPlan, make_plan
 from sharded_radam.radam import CPU_CHUNK_NUMEL
 from sharded_radam.transport import REDUCERS
@@ -122,9 +122,9 @@ def _others(num_bytes: int, world_size: int) -> int:
     return num_bytes // world_size * (world_size - 1)
 
 
-def _wide(dtype: torch.dtype) -> int:
+def _state_size(dtype: torch.dtype) -> int:
     """Bytes of an element of the state."""
-    return 4 if dtype in HALF_DTYPES else dtype.itemsize
+    return wide(dtype).itemsize
 
 
 def _dtype(plan: ShardPlan, flat: FlatPlan) -> torch.dtype:
@@ -146,12 +146,12 @@ def layout(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 
     plan = make_plan(params, world_size, bucket_cap_mb)
     numel = sum(param.numel for param in params)
     # Complex moments are complex; a count of steps, 4 bytes a parameter, is stored as a scalar.
-    state_bytes = sum(param.numel * _wide(param.dtype) * _num_states(param.dtype) for param in params)
+    state_bytes = sum(param.numel * _state_size(param.dtype) * _num_states(param.dtype) for param in params)
     local_bytes = sum(
-        flat.local_numel * _wide(_dtype(plan, flat)) * _num_states(_dtype(plan, flat)) for flat in plan.flats
+        flat.local_numel * _state_size(_dtype(plan, flat)) * _num_states(_dtype(plan, flat)) for flat in plan.flats
     )
     flat_bytes = sum(flat.numel * _dtype(plan, flat).itemsize for flat in plan.flats)
-    largest = max((flat.bucket_numel * _wide(_dtype(plan, flat)) for flat in plan.flats), default=0)
+    largest = max((flat.bucket_numel * _state_size(_dtype(plan, flat)) for flat in plan.flats), default=0)
     return Layout(
         world_size=world_size,
         num_params=len(params),
@@ -176,7 +176,7 @@ def _received(plan: ShardPlan, transport: str) -> tuple[int, int]:
     gradients = parameters = 0
     for flat in plan.flats:
         dtype = _dtype(plan, flat)
-        sent = _wide(dtype) if transport == "native" else dtype.itemsize
+        sent = _state_size(dtype) if transport == "native" else dtype.itemsize
         for bucket in range(flat.num_buckets):
             start, stop = flat.bucket_range(bucket)
             gradients += _others((stop - start) * sent, flat.world_size)
@@ -188,7 +188,7 @@ def _received(plan: ShardPlan, transport: str) -> tuple[int, int]:
 def _num_chunks(plan: ShardPlan, flat: FlatPlan) -> int:
     """Boxes that rank 0's pieces are written as."""
     dtype, count = _dtype(plan, flat), 0
-    most = max(1, CHUNK_BYTES // _wide(dtype))
+    most = max(1, CHUNK_BYTES // _state_size(dtype))
     for piece in flat.pieces(0):
         spec = plan.params[flat.slots[piece.slot].param]
         outermost_first = tuple(spec.shape[dim] for dim in spec.dim_order)
@@ -272,8 +272,8 @@ def _zero_1(params: Sequence[ParamSpec], world_size: int) -> Estimate:
 
 def _zero_2(params: Sequence[ParamSpec], world_size: int) -> Estimate:
     size, numel = _bytes(params), sum(param.numel for param in params)
-    wide = sum(param.numel * _wide(param.dtype) for param in params)
-    share, wide_share = math.ceil(size / world_size), math.ceil(wide / world_size)
+    state_size = sum(param.numel * _state_size(param.dtype) for param in params)
+    share, wide_share = math.ceil(size / world_size), math.ceil(state_size / world_size)
     buffer = int(size * min(1, DEEPSPEED_BUCKET_NUMEL / max(numel, 1)))
     memory = Memory(size, share, 2 * wide_share, wide_share, buffer, temporaries=2 * wide_share)
     moved = _others(size, world_size)
@@ -303,21 +303,21 @@ def estimate_ours(
     bucket = native_bucket = temporaries = 0
     for flat in plan.flats:
         dtype = _dtype(plan, flat)
-        size, wide, local = dtype.itemsize, _wide(dtype), flat.local_numel
+        size, state_size, local = dtype.itemsize, _state_size(dtype), flat.local_numel
         parameters += flat.numel * size
-        moments += 2 * local * wide
-        masters += local * wide if dtype in HALF_DTYPES else 0
-        shards += local * wide
-        gradient_size = wide if shard_gradients else size
+        moments += 2 * local * state_size
+        masters += local * state_size if dtype in HALF_DTYPES else 0
+        shards += local * state_size
+        gradient_size = state_size if shard_gradients else size
         is_fused = device == "cpu" and dtype not in HALF_DTYPES
         if is_fused:
-            update += local * (2 * size + gradient_size + 4 * wide)
+            update += local * (2 * size + gradient_size + 4 * state_size)
         else:
-            update += local * wide * FOREACH_TRAVERSALS + local * (2 * size if wide != size else 0)
+            update += local * state_size * FOREACH_TRAVERSALS + local * (2 * size if state_size != size else 0)
             chunk = CPU_CHUNK_NUMEL if device == "cpu" else flat.bucket_numel // world_size
-            temporaries = max(temporaries, 3 * wide * min(chunk, local))
+            temporaries = max(temporaries, 3 * state_size * min(chunk, local))
         bucket = max(bucket, flat.bucket_numel * size)
-        native_bucket = max(native_bucket, flat.bucket_numel * wide)
+        native_bucket = max(native_bucket, flat.bucket_numel * state_size)
     received_gradients, received_parameters = _received(plan, transport)
     if not shard_gradients:
         gradients = _bytes(plan.params)

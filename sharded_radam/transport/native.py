@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_radam.compat import all_gather_single, reduce_scatter_single
+from sharded_radam.dtypes import wide
 from sharded_radam.transport.base import Handle, Transport, as_bytes
-from sharded_radam.transport.reducers import HALF_DTYPES, UNDER_WAY, Queue, Reducer, sum_, typed
+from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, sum_, typed
 
 
 class NativeTransport(Transport):
@@ -41,10 +42,6 @@ class NativeTransport(Transport):
         return NativeReducer(self, buckets)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF_DTYPES else dtype
-
-
 class NativeReducer(Reducer):
     """Half-precision gradients travel as fp32: not every backend sums them, and none in fp32."""
 
@@ -58,11 +55,11 @@ class NativeReducer(Reducer):
 
     @staticmethod
     def slot_bytes(buckets: Sequence[tuple[int, torch.dtype]]) -> int:
-        return Reducer.slot_bytes([(numel, _wide(dtype)) for numel, dtype in buckets])
+        return Reducer.slot_bytes([(numel, wide(dtype)) for numel, dtype in buckets])
 
     def open(self, numel: int, dtype: torch.dtype) -> Tensor:
         self._queue.make_room()
-        self._bucket = typed(self._slots[0], numel, _wide(dtype))
+        self._bucket = typed(self._slots[0], numel, wide(dtype))
         return self._bucket
 
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-"""Summed in fp32."""
+from sharded_radam.dtypes import HALF_DTYPES
 
 CHUNK_NUMEL = 2**17
 """On CPU, sums are formed over so many elements at a time: 512 KiB of fp32 stay in the cache."""

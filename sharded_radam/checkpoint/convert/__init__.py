@@ -1,1 +1,1 @@
-"""What is made of checkpoints by one process."""
+"""What one process makes of a checkpoint, without torch.distributed: the work behind the command line."""

@@ -19,19 +19,33 @@ import torch
 from torch import Tensor
 
 from sharded_radam.buckets.memory import as_bytes, is_dense
-from sharded_radam.checkpoint.format.decode import Layout, decode, decode_tensor, locate_tensor
+from sharded_radam.checkpoint.format.decode import decode, decode_tensor, locate_tensor
 from sharded_radam.checkpoint.format.errors import DamagedError
 from sharded_radam.checkpoint.format.records import Ends
+from sharded_radam.checkpoint.format.tensors import Layout
 
 T = TypeVar("T")
 
 _MOST_OPEN = 4
+"""Files at a time."""
+
 _READ_BYTES = 2**20
-_USUAL_BEGIN = 704  # of elements in a chunk, by torch 2.13
-_MOST_BESIDE = 4096
-_LEAST_DIRECT = 16 * _MOST_BESIDE
+"""At a time: the checksum finds them in the processor's cache."""
+
+_USUAL_BEGIN = 704
+"""The byte of a chunk at which torch 2.13 begins the elements."""
+
+_MOST_OVERHEAD = 4096
+"""Bytes of a chunk that are not elements, in one that is read straight into memory."""
+
+_LEAST_DIRECT = 16 * _MOST_OVERHEAD
+"""Bytes of such a chunk."""
+
 _WRITE_BACK_BYTES = 8 * 2**20
+"""So much is written before the disk is told to begin with it."""
+
 _SYNC_FILE_RANGE_WRITE = 2
+"""Linux's SYNC_FILE_RANGE_WRITE."""
 
 
 class Extent(NamedTuple):
@@ -91,7 +105,9 @@ class DataFile:
     def __enter__(self) -> DataFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._file.flush()
@@ -139,7 +155,9 @@ class DataFiles:
     def __enter__(self) -> DataFiles:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -170,16 +188,19 @@ class DataFiles:
         Raises:
             DamagedError: other bytes than were saved.
         """
-        beside = extent.length - memory.nbytes
-        if extent.length < _LEAST_DIRECT or not 0 < beside < _MOST_BESIDE or not is_dense(memory):
+        overhead = extent.length - memory.nbytes
+        if extent.length < _LEAST_DIRECT or not 0 < overhead < _MOST_OVERHEAD or not is_dense(memory):
             return False
         self._check_length(extent, what)
         for _ in range(2):
-            begin = min(self._begin, beside)
-            found = self._read_around(extent, what, begin, as_bytes(memory))
-            if found is None or found[0][2:5] != (memory.dtype, tuple(memory.shape), memory.stride()):
+            begin = min(self._begin, overhead)
+            located = self._read_around(extent, what, begin, as_bytes(memory))
+            if located is None:
                 return False
-            self._begin = found[1]
+            layout, first = located
+            if (layout.dtype, layout.size, layout.stride) != (memory.dtype, tuple(memory.shape), memory.stride()):
+                return False
+            self._begin = first
             if self._begin == begin:
                 self._note(extent)
                 return True
@@ -191,8 +212,8 @@ class DataFiles:
         crc32 = self._read(extent, what, 0, memoryview(first), 0)
         crc32 = self._read(extent, what, begin, memory, crc32)
         self._check(extent, what, self._read(extent, what, begin + len(memory), memoryview(last), crc32))
-        first += memory[:_MOST_BESIDE]
-        last[:0] = memory[-_MOST_BESIDE:]
+        first += memory[:_MOST_OVERHEAD]
+        last[:0] = memory[-_MOST_OVERHEAD:]
         return locate_tensor(Ends(bytes(first), bytes(last), extent.length))
 
     def _check_length(self, extent: Extent, what: str) -> None:
@@ -208,14 +229,14 @@ class DataFiles:
 
     def _read(self, extent: Extent, what: str, begin: int, memory: memoryview, crc32: int) -> int:
         """Fill memory from byte ``begin`` of a chunk on; the checksum that goes on from ``crc32``."""
-        descriptor, at = self._open(extent.file), 0
-        while at < len(memory):
-            part = memory[at : at + _READ_BYTES]
-            count = os.preadv(descriptor, [part], extent.start + begin + at)
+        descriptor, done = self._open(extent.file), 0
+        while done < len(memory):
+            part = memory[done : done + _READ_BYTES]
+            count = os.preadv(descriptor, [part], extent.start + begin + done)
             if count == 0:
-                raise self._short(extent, what, extent.start + begin + at)
+                raise self._short(extent, what, extent.start + begin + done)
             crc32 = zlib.crc32(part[:count], crc32)
-            at += count
+            done += count
         return crc32
 
     def _check(self, extent: Extent, what: str, crc32: int) -> None:

@@ -23,6 +23,9 @@ from pathlib import Path
 logger = logging.getLogger("sharded_radam")
 
 _LOCK = ".lock"
+_RANDOM_BYTES, _RANDOM = 4, "????????"
+"""In names of what is not committed, and the pattern of these."""
+
 _STEP = re.compile(r"step_(\d+)")
 _PROTECTED = "protected"
 """A file in a checkpoint that nobody removes."""
@@ -104,14 +107,14 @@ def _exists(final: Path) -> ValueError:
 
 
 def _hidden(final: Path) -> Path:
-    return final.parent / f".{final.name}.{secrets.token_hex(4)}.unfinished"
+    return final.parent / f".{final.name}.{secrets.token_hex(_RANDOM_BYTES)}.unfinished"
 
 
 def _unfinished(folder: Path, name: str) -> list[Path]:
     """Unfinished checkpoints of a name, a pattern of glob's if it is ``*``; none where they cannot be listed."""
     pattern = name if name == "*" else glob.escape(name)
     with suppress(OSError):
-        return [*folder.glob(f".{pattern}.????????.unfinished")]
+        return [*folder.glob(f".{pattern}.{_RANDOM}.unfinished")]
     return []
 
 
@@ -154,7 +157,7 @@ def withdraw(unfinished: Path, inode: int, final: Path) -> bool:
 @contextmanager
 def set_aside(final: Path) -> Iterator[None]:
     """Within it, ``final`` is free for another checkpoint; after an error the old one is there again."""
-    aside = final.parent / f".{final.name}.{secrets.token_hex(4)}.replaced"
+    aside = final.parent / f".{final.name}.{secrets.token_hex(_RANDOM_BYTES)}.replaced"
     os.rename(final, aside)
     try:
         yield
@@ -168,7 +171,7 @@ def set_aside(final: Path) -> Iterator[None]:
 
 def recover(folder: Path) -> None:
     """Give checkpoints their names back for which no other came; remove those for which one did."""
-    for aside in folder.glob(".*.????????.replaced"):
+    for aside in folder.glob(f".*.{_RANDOM}.replaced"):
         final = folder / aside.name[1:].rsplit(".", 2)[0]
         if os.path.lexists(final):
             _discard(aside, final)
@@ -200,8 +203,8 @@ def committed_steps(folder: Path) -> list[int]:
     """Steps of which ``folder`` has a committed checkpoint, in increasing order."""
     if not folder.is_dir():
         return []
-    found = [match for entry in folder.iterdir() if (match := _STEP.fullmatch(entry.name))]
-    return sorted(int(match[1]) for match in found if (folder / match[0] / ".metadata").is_file())
+    matches = [match for entry in folder.iterdir() if (match := _STEP.fullmatch(entry.name))]
+    return sorted(int(match[1]) for match in matches if (folder / match[0] / ".metadata").is_file())
 
 
 def remove(final: Path) -> None:

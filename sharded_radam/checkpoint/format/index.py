@@ -22,6 +22,9 @@ METADATA = ".metadata"
 MANIFEST = "manifest.json"
 _FORMAT = 1
 
+_SHOWN = 20
+"""Names that an error lists."""
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -102,10 +105,10 @@ def read_index(folder: Path) -> Index:
     if manifest and manifest.files.get(METADATA) != [(len(content), digest)]:
         raise DamagedError(f"{folder / METADATA} has other bytes than were saved: it is damaged")
     try:
-        found = unpack(content)
+        unpacked = unpack(content)
     except ValueError as error:  # one of ours: DamagedError, ForbiddenError
         raise type(error)(f"{folder / METADATA}: {error}") from error
-    tensors, objects, paths = _with_checksums(folder, found, manifest)
+    tensors, objects, paths = _with_checksums(folder, unpacked, manifest)
     return Index(folder, tensors, objects, paths or {}, manifest, digest)
 
 
@@ -123,7 +126,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 def _no_checkpoint(folder: Path) -> str:
     if not folder.exists():
         nearby = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        return f"there is no {folder}" + (f", only {', '.join(nearby[:20])}" if nearby else "")
+        return f"there is no {folder}" + (f", only {', '.join(nearby[:_SHOWN])}" if nearby else "")
     if folder.is_file():
         return (
             f"{folder} is a file, expected the directory of a checkpoint; for a consolidated file use torch.load and "
@@ -182,14 +185,15 @@ def _with_checksums(folder: Path, content: Content, manifest: Manifest | None) -
         key: replace(tensor, boxes=tuple(replace(box, extent=checked(box.extent)) for box in tensor.boxes))
         for key, tensor in content.tensors.items()
     }
-    return content._replace(tensors=tensors, objects={key: checked(at) for key, at in content.objects.items()})
+    return content._replace(tensors=tensors, objects={key: checked(extent) for key, extent in content.objects.items()})
 
 
 def _checksums(manifest: Manifest) -> dict[tuple[str, int], tuple[int, int]]:
-    found = {}
+    """Of each chunk, by its file and first byte: its length and CRC-32."""
+    checksums = {}
     for file, chunks in manifest.files.items():
-        at = 0
+        start = 0
         for length, crc32 in chunks:
-            found[file, at] = (length, crc32)
-            at += length
-    return found
+            checksums[file, start] = (length, crc32)
+            start += length
+    return checksums

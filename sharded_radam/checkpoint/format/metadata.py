@@ -25,7 +25,7 @@ MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESE
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class SavedBox:
     """The elements of a tensor at ``offsets``, ``sizes`` of them, and where they are stored."""
 
     offsets: tuple[int, ...]
@@ -39,7 +39,7 @@ class SavedTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[SavedBox, ...]
 
     @property
     def numel(self) -> int:
@@ -68,10 +68,20 @@ _NAMES = {
 }
 _DTYPE = re.compile(r"torch\.(b?float|complex|q?u?int|bool|bits|half|double|short|long)\w*")
 _FILE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\ud800-\udfff]{1,255}")
-_MOST_DIMENSIONS = 64  # of a tensor in torch
+_LONGEST_FILE = 255
+"""Bytes of a name, as file systems have them."""
+
+_MOST_DIMENSIONS = 64
+"""Of a tensor in torch."""
+
 _MOST_FIELDS = 32
+"""Attributes of an object."""
+
 _LARGEST = 2**60
-_DEEPEST = 100  # nesting of a state dict
+"""A number of elements or bytes; sums of them are no larger than torch counts."""
+
+_DEEPEST = 100
+"""Nesting of a state dict."""
 
 
 class _Size(tuple[int, ...]):
@@ -120,21 +130,21 @@ def unpack(content: bytes) -> Content:
         DamagedError: it is no pickle, or not one of a checkpoint.
         ValueError: what it describes cannot be read here.
     """
-    found = parse(content, _check_name, _FUNCTIONS)
+    tree = parse(content, _check_name, _FUNCTIONS)
     try:
-        return _content(found)
+        return _content(tree)
     except (LookupError, TypeError) as error:
         raise DamagedError(f"it does not describe a checkpoint: {type(error).__name__}: {error}") from error
 
 
-def _content(found: Any) -> Content:
-    metadata = _fields(found, f"{MODULE}.Metadata")
+def _content(tree: Any) -> Content:
+    metadata = _fields(tree, f"{MODULE}.Metadata")
     stored: dict[tuple[str, tuple[int, ...] | None], Extent] = {}
     for key, value in _pairs(metadata["storage_data"]):
         index = _fields(key, f"{MODULE}.MetadataIndex")
-        at = index.get("offset")
-        where = _extent(_fields(value, f"{FILESYSTEM}._StorageInfo"))
-        stored[_text_of(index["fqn"]), None if at is None else _checked(at)] = where
+        offsets = index.get("offset")
+        extent = _extent(_fields(value, f"{FILESYSTEM}._StorageInfo"))
+        stored[_text_of(index["fqn"]), None if offsets is None else _checked(offsets)] = extent
     tensors, objects = {}, {}
     for name, entry in _pairs(metadata["state_dict_metadata"]):
         key = _text_of(name)
@@ -149,7 +159,7 @@ def _content(found: Any) -> Content:
             offsets, sizes = _checked(box["offsets"]), _checked(box["sizes"])
             if not len(offsets) == len(sizes) == len(shape):
                 raise TypeError("boxes of another number of dimensions than their tensor")
-            boxes.append(Box(offsets, sizes, stored.pop((key, offsets))))  # each is one tensor's
+            boxes.append(SavedBox(offsets, sizes, stored.pop((key, offsets))))  # each is one tensor's
         tensors[key] = SavedTensor(_dtype(described["properties"]), shape, tuple(boxes))
         _check_extents(key, tensors[key])
     nested = metadata.get("planner_data")
@@ -159,55 +169,55 @@ def _content(found: Any) -> Content:
 
 def _check_extents(key: str, tensor: SavedTensor) -> None:
     """Raise DamagedError if boxes have more elements than bytes, or share bytes: they would grow when read."""
-    itemsize, before = tensor.dtype.itemsize, Extent("", 0, 0, None)
+    itemsize, last = tensor.dtype.itemsize, Extent("", 0, 0, None)
     for box in tensor.boxes:
         if math.prod(box.sizes) * itemsize > box.extent.length:
             raise DamagedError(f"{key}: {tuple(box.sizes)} elements of {tensor.dtype} in {box.extent.length} bytes")
     for extent in sorted(box.extent for box in tensor.boxes if math.prod(box.sizes)):
-        if extent.file == before.file and extent.start < before.start + before.length:
+        if extent.file == last.file and extent.start < last.start + last.length:
             raise DamagedError(f"{key}: byte {extent.start} of {extent.file} is in two boxes")
-        before = extent
+        last = extent
 
 
-def _checked(found: Any) -> _Size:
-    if type(found) is not _Size:
-        raise TypeError(f"a {type(found).__name__} in the place of a torch.Size")
-    return found
+def _checked(value: Any) -> _Size:
+    if type(value) is not _Size:
+        raise TypeError(f"a {type(value).__name__} in the place of a torch.Size")
+    return value
 
 
-def _is(found: Any, name: str) -> bool:
-    return type(found) is Instance and found.name == name
+def _is(value: Any, name: str) -> bool:
+    return type(value) is Instance and value.name == name
 
 
-def _fields(found: Any, name: str) -> dict[str, Any]:
+def _fields(value: Any, name: str) -> dict[str, Any]:
     """The attributes of an instance."""
-    if not _is(found, name) or type(found.state) is not Pairs:
-        what = found.name if type(found) is Instance else type(found).__name__
+    if not _is(value, name) or type(value.state) is not Pairs:
+        what = value.name if type(value) is Instance else type(value).__name__
         raise TypeError(f"a {what} in the place of a {name}")
-    if len(found.state) > _MOST_FIELDS:
-        raise TypeError(f"a {name} of {len(found.state)} attributes")
-    for field, _ in found.state:
+    if len(value.state) > _MOST_FIELDS:
+        raise TypeError(f"a {name} of {len(value.state)} attributes")
+    for field, _ in value.state:
         if type(field) is not str:  # others may take forever to hash
             raise TypeError(f"a {type(field).__name__} in the place of an attribute")
-    return dict(found.state)
+    return dict(value.state)
 
 
-def _pairs(found: Any) -> Pairs:
-    if type(found) is not Pairs:
-        raise TypeError(f"a {type(found).__name__} in the place of a dict")
-    return found
+def _pairs(value: Any) -> Pairs:
+    if type(value) is not Pairs:
+        raise TypeError(f"a {type(value).__name__} in the place of a dict")
+    return value
 
 
-def _list(found: Any) -> list[Any]:
-    if type(found) is not list:
-        raise TypeError(f"a {type(found).__name__} in the place of a list")
-    return found
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"a {type(value).__name__} in the place of a list")
+    return value
 
 
-def _text_of(found: Any) -> str:
-    if type(found) is not str:
-        raise TypeError(f"a {type(found).__name__} in the place of a text")
-    return found
+def _text_of(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"a {type(value).__name__} in the place of a text")
+    return value
 
 
 def _path(path: Any) -> tuple[str | int, ...]:
@@ -218,7 +228,7 @@ def _path(path: Any) -> tuple[str | int, ...]:
 
 def check_file(file: str) -> None:
     """Raise DamagedError for a name that is not one of a file in the directory of a checkpoint."""
-    if not _FILE.fullmatch(file) or len(file.encode()) > 255:
+    if not _FILE.fullmatch(file) or len(file.encode()) > _LONGEST_FILE:
         raise DamagedError(f"it names the file {file!r:.100}, which is not in its directory")
 
 
@@ -237,7 +247,7 @@ def _dtype(properties: Any) -> torch.dtype:
     dtype, *_ = properties.state
     if type(dtype) is not Name or not _DTYPE.fullmatch(dtype):
         raise TypeError("a tensor without a dtype")
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    known = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(known, torch.dtype):
         raise ValueError(f"it has tensors of {dtype}, which torch {torch.__version__} does not know")
-    return found
+    return known

@@ -21,7 +21,7 @@ Names = dict[Path, str]
 """Paths within one value -> the names that its parts are saved under; ``()`` alone if it is saved in one piece."""
 
 
-def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+def flatten_nested(nested: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
     """Nested dicts and lists -> names with dots, and the keys that each is made of; as torch's checkpoints have it.
 
     Raises:
@@ -56,15 +56,15 @@ def _has_tensors_or_dicts(values: list[Any]) -> bool:
     )
 
 
-def parts(value: Any) -> dict[Path, Any]:
+def leaves_of(value: Any) -> dict[Path, Any]:
     """A value in torch's parts if these are all that there is to it; otherwise in one piece.
 
     torch makes text of all keys, lists of tuples, and nothing of what is empty.
     """
     try:
-        flat, paths = flatten({"": value})
-        found = {paths[key][1:]: leaf for key, leaf in flat.items()}
-        return found if found and _is_same(nest(found), value) else {(): value}
+        flat, paths = flatten_nested({"": value})
+        leaves = {paths[key][1:]: leaf for key, leaf in flat.items()}
+        return leaves if leaves and _is_same(nest(leaves), value) else {(): value}
     except ValueError:  # two parts with one name
         return {(): value}
 
@@ -79,15 +79,15 @@ def nest(leaves: Mapping[Path, Any]) -> Any:
         if len(leaves) > 1:
             raise DamagedError("a value is saved both in one piece and in parts")
         return leaves[()]
-    below: dict[str | int, dict[Path, Any]] = {}
+    branches: dict[str | int, dict[Path, Any]] = {}
     for path, leaf in leaves.items():
-        below.setdefault(path[0], {})[path[1:]] = leaf
-    nested = {key: nest(found) for key, found in below.items()}
+        branches.setdefault(path[0], {})[path[1:]] = leaf
+    nested = {key: nest(branch) for key, branch in branches.items()}
     if not any(isinstance(key, int) for key in nested):
         return nested
     if {*nested} != {*range(len(nested))}:
         raise DamagedError("elements of a list are missing")
-    return [nested[at] for at in range(len(nested))]
+    return [nested[number] for number in range(len(nested))]
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -109,11 +109,11 @@ def below(index: Index, prefix: str) -> Iterable[tuple[Path, str]]:
 
 def path_from(index: Index, key: str, start: int) -> Path:
     """The path of a name from a character on, at which a key begins."""
-    at, path = 0, index.paths.get(key, (key,))
+    begin, path = 0, index.paths.get(key, (key,))
     for number, element in enumerate(path):
-        if at == start:
+        if begin == start:
             return path[number:]
-        at += len(str(element)) + 1
+        begin += len(str(element)) + len(".")
     return (key[start:],) if start < len(key) else ()  # what was saved had names with dots already
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from sharded_radam.checkpoint.format.errors import DamagedError, ForbiddenError
 
 _LONGEST_NAME = 200
+"""Characters of a class's, with its module."""
+
 _UINT32, _INT32 = struct.Struct("<I"), struct.Struct("<i")
 _BINGET, _LONG_BINGET, _MARK, _EMPTY_DICT = (ord(o) for o in (b"h", b"j", b"(", b"}"))
 _BININT1, _BININT, _EMPTY_TUPLE, _BINPUT, _STOP = (ord(o) for o in (b"K", b"J", b")", b"q", b"."))
@@ -131,9 +133,9 @@ class _Stack:
     def marked(self) -> list[Any]:
         """Take all values after the last mark."""
         first = self.marks.pop()
-        found = self.values[first:]
+        taken = self.values[first:]
         del self.values[first:]
-        return found
+        return taken
 
     def tuple(self, length: int) -> None:
         first = len(self.values) - length

@@ -63,11 +63,11 @@ def plan_reads(index: Index, targets: Iterable[Target]) -> Reads:
 
 def _overlap(target: Target, offsets: Sequence[int], sizes: Sequence[int]) -> _Copy | None:
     source, wanted = [], []
-    for at, size, begin, length in zip(offsets, sizes, target.offsets, target.memory.shape, strict=True):
-        first, last = max(at, begin), min(at + size, begin + length)
+    for offset, size, begin, length in zip(offsets, sizes, target.offsets, target.memory.shape, strict=True):
+        first, last = max(offset, begin), min(offset + size, begin + length)
         if first >= last:
             return None
-        source.append(slice(first - at, last - at))
+        source.append(slice(first - offset, last - offset))
         wanted.append(slice(first - begin, last - begin))
     return _Copy(target.key, tuple(sizes), tuple(source), target.memory[tuple(wanted)])
 
@@ -124,10 +124,10 @@ def fill_tensor(whole: Tensor, saved: SavedTensor, key: str, files: DataFiles) -
     """
     check_coverage({key: saved})
     for box in saved.boxes:
-        at = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes, strict=True))
+        place = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes, strict=True))
         chunk = files.tensor(box.extent, key)
         _check(chunk, box.sizes, saved.dtype, key)
-        whole[at].copy_(chunk)
+        whole[place].copy_(chunk)
 
 
 def read_value(index: Index, key: str, files: DataFiles) -> Any:

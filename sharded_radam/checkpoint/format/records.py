@@ -15,8 +15,15 @@ _END64_LOCATOR = struct.Struct("<4s4xQ4x")
 _END64 = struct.Struct("<4s28x3Q")
 _ENTRY = struct.Struct("<4s4x2H8x2L3H8xL")
 _HEADER = struct.Struct("<4s22x2H")
+_EXTRA = struct.Struct("<2H")
+_ZIP64 = 1
+"""The kind of extra field that has long numbers."""
+
 _IN_EXTRA = 0xFFFFFFFF
+"""In the place of a number that is in such a field."""
+
 _ENCRYPTED = 1
+"""A flag."""
 
 
 class Content(Protocol):
@@ -40,12 +47,12 @@ class Ends:
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._length)
-        before = self._length - len(self.last)
+        last_start = self._length - len(self.last)
         if stop <= len(self.first):
             return self.first[start:stop]
-        if start < before:
+        if start < last_start:
             raise ValueError("bytes between the ends")
-        return self.last[start - before : stop - before]
+        return self.last[start - last_start : stop - last_start]
 
 
 class Record(NamedTuple):
@@ -75,22 +82,22 @@ def find_records(content: Content) -> dict[str, Record]:
         DamagedError: compressed records, which torch.save does not write.
         ValueError: this is no such archive.
     """
-    found = {}
-    count, at = _directory(content)
+    records = {}
+    count, place = _directory(content)
     for _ in range(count):  # each has bytes of its own, so this ends
-        entry = _unpack(_ENTRY, content, at)
+        entry = _unpack(_ENTRY, content, place)
         signature, flags, compression, packed, length, name_length, extra_length, comment_length, header = entry
         if signature != b"PK\x01\x02":
             raise ValueError("an entry that is none")
-        name = bytes(content[at + _ENTRY.size : at + _ENTRY.size + name_length]).decode()
-        at += _ENTRY.size + name_length
+        name = bytes(content[place + _ENTRY.size : place + _ENTRY.size + name_length]).decode()
+        place += _ENTRY.size + name_length
         if _IN_EXTRA in (length, packed, header):
-            length, packed, header = _long(bytes(content[at : at + extra_length]), [length, packed, header])
+            length, packed, header = _long(bytes(content[place : place + extra_length]), [length, packed, header])
         if compression or flags & _ENCRYPTED or packed != length:
             raise DamagedError("it has compressed records, which torch.save does not write")
-        found[name.partition("/")[2]] = Record(header, length)
-        at += extra_length + comment_length
-    return found
+        records[name.partition("/")[2]] = Record(header, length)
+        place += extra_length + comment_length
+    return records
 
 
 def _directory(content: Content) -> tuple[int, int]:
@@ -100,9 +107,9 @@ def _directory(content: Content) -> tuple[int, int]:
     if signature != b"PK\x05\x06" or comment_length:
         raise ValueError("no zip archive, or bytes after one")
     if end >= _END64_LOCATOR.size:
-        signature, at = _unpack(_END64_LOCATOR, content, end - _END64_LOCATOR.size)
+        signature, place = _unpack(_END64_LOCATOR, content, end - _END64_LOCATOR.size)
         if signature == b"PK\x06\x07":
-            signature, count, _, start = _unpack(_END64, content, at)
+            signature, count, _, start = _unpack(_END64, content, place)
             if signature != b"PK\x06\x06":
                 raise ValueError("no end of a zip archive")
     return count, start
@@ -110,17 +117,17 @@ def _directory(content: Content) -> tuple[int, int]:
 
 def _long(extra: bytes, numbers: list[int]) -> list[int]:
     """Sizes and offsets from 4 GiB on, which are kept beside the entry."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, at)
-        if kind == 1:
-            longs = iter(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
+    place = 0
+    while place + _EXTRA.size <= len(extra):
+        kind, length = _EXTRA.unpack_from(extra, place)
+        if kind == _ZIP64:
+            longs = iter(struct.unpack_from(f"<{length // 8}Q", extra, place + _EXTRA.size))
             return [next(longs, _IN_EXTRA) if number == _IN_EXTRA else number for number in numbers]
-        at += 4 + length
+        place += _EXTRA.size + length
     return numbers
 
 
-def _unpack(form: struct.Struct, content: Content, at: int) -> tuple[Any, ...]:
-    if not 0 <= at <= len(content) - form.size:
+def _unpack(form: struct.Struct, content: Content, place: int) -> tuple[Any, ...]:
+    if not 0 <= place <= len(content) - form.size:
         raise ValueError("it ends too early")
-    return form.unpack(content[at : at + form.size])
+    return form.unpack(content[place : place + form.size])

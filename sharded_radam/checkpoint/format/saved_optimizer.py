@@ -52,7 +52,9 @@ def find_optimizer(index: Index, files: DataFiles, prefix: str | None) -> SavedO
     groups = [group for _, group in sorted(options.items(), key=lambda item: int(item[0]))]
     members = [_read_names(index, group, "params", files) for group in groups]
     listed = [_read_names(index, group, "param_names", files) for group in groups]
-    called = {name: m for ns, ms in zip(members, listed, strict=True) for name, m in zip(ns, ms, strict=False)}
+    called: dict[str, str] = {}
+    for saved_names, own_names in zip(members, listed, strict=True):
+        called.update(zip(saved_names, own_names, strict=False))  # there may be no names of its own
     if called and all(name.isdigit() for name in called):  # a bare state_dict() has numbers, beside names
         return SavedOptimizer({called.get(name, name): kinds for name, kinds in state.items()}, groups, listed, {})
     return SavedOptimizer(state, groups, members, called)
@@ -60,20 +62,20 @@ def find_optimizer(index: Index, files: DataFiles, prefix: str | None) -> SavedO
 
 def _tree(index: Index, prefix: str) -> dict[str | int, dict[str, Names]]:
     """What is saved below a prefix: name of a parameter, or number of a group -> kind or option -> keys."""
-    found: dict[str | int, dict[str, dict[Path, str]]] = {}
+    tree: dict[str | int, dict[str, dict[Path, str]]] = {}
     for (name, *rest), key in below(index, prefix):
         if not rest:  # it was saved under names with dots
             name, _, kind = str(name).rpartition(".")
             rest = [kind]
-        found.setdefault(name, {}).setdefault(str(rest[0]), {})[tuple(rest[1:])] = key
-    return found
+        tree.setdefault(name, {}).setdefault(str(rest[0]), {})[tuple(rest[1:])] = key
+    return tree
 
 
 def list_prefixes(index: Index) -> list[str]:
     """The keys under which there are optimizers; an empty text if a checkpoint is nothing but one."""
     marks = (key.partition("param_groups.") for key in [*index.tensors, *index.objects])
-    found = {before for before, mark, _ in marks if mark and (not before or before.endswith("."))}
-    return sorted(before.rstrip(".") for before in found)
+    prefixes = {prefix for prefix, mark, _ in marks if mark and (not prefix or prefix.endswith("."))}
+    return sorted(prefix.rstrip(".") for prefix in prefixes)
 
 
 def _only_prefix(index: Index, prefix: str | None) -> str:

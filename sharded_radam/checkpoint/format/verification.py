@@ -12,6 +12,8 @@ from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.metadata import SavedTensor
 
 _LEAST_PARTS, _MOST_PARTS = 100_000, 100
+"""So many parts of boxes are looked at in any case, and so many more for each box."""
+
 Intervals = list[tuple[int, int]]
 """First element and the one after the last, in each dimension of a box."""
 
@@ -23,7 +25,7 @@ def check_coverage(tensors: Mapping[str, SavedTensor]) -> None:
         if covered != tensor.numel:
             raise DamagedError(f"{key}: {covered} of {tensor.numel} elements are in the checkpoint")
         boxes = [
-            [(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True)]
+            [(first, first + size) for first, size in zip(box.offsets, box.sizes, strict=True)]
             for box in tensor.boxes
             if math.prod(box.sizes)
         ]

@@ -33,20 +33,25 @@ any more, or finds that it has been. So it is if the store is lost too, as where
 from __future__ import annotations
 
 import json
-import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
-from sharded_radam.checkpoint.calls import Caller, FailedError, Operation
-from sharded_radam.checkpoint.peers import Line, Peers
 from sharded_radam.store.board import Board, StoreLostError, pauses
+from sharded_radam.store.calls import Caller, FailedError, Operation
 from sharded_radam.store.liveness import Address, Watch
+from sharded_radam.store.offers import describe_error, encode_post, expect_one_call, join_reasons
+from sharded_radam.store.peers import Line, Peers
 
 _LEAVE_S = 5.0
+"""How long rank 0 stays for others that have yet to read the last verdict."""
+
+_USUAL_TIMEOUT_S = 600.0
+"""By which ranks tell each other that one of them was given no time-out."""
+
 _STORE_LOST = "the store by which ranks talk is gone: the process that had it (rank 0's, or torchrun's) has ended"
 
 
@@ -55,50 +60,63 @@ class CheckpointError(RuntimeError):
 
 
 class Agreement:
-    """One operation of all peers, in stages; made in the same order on every rank, as collectives are.
+    """One operation of all peers, in stages. ``begin`` makes one that has begun on all ranks.
 
-    Made, it has begun on all ranks. It is a context manager: if it is left by an error, all ranks fail.
+    It is a context manager: if it is left by an error, all ranks fail.
 
     Args:
         peers: the ranks.
         what: what is done, for errors, and alike on all ranks: ``"saving /runs/a"``.
         timeout: seconds to wait for a rank that has not come, or is silent.
-        problem: why this rank cannot do it, if it cannot.
-
-    Raises:
-        CheckpointError: on every rank the same: one did not come, called something else, or had a problem.
     """
 
-    def __init__(self, peers: Peers, what: str, timeout: float, problem: Exception | None = None) -> None:
-        self._peers, self._what = peers, what
-        self._timeout = timeout if isinstance(timeout, int | float) and timeout > 0 else 600.0
-        if self._timeout != timeout:
-            problem = problem or ValueError(f"timeout={timeout!r}: expected seconds above 0")
+    def __init__(self, peers: Peers, what: str, timeout: float) -> None:
+        self._peers, self._what, self._timeout = peers, what, timeout
         self._operation: Operation | None = None
         self._stage, self._is_open = 0, True
         self._settle: Callable[[], bool] | None = None
         self._addresses: dict[int, Address | None] = {}  # of ranks that are in it
         self._lost: set[int] = set()
         self._began = time.monotonic()
+        if peers.line is not None:
+            self._watch = Watch(peers.line.board, peers.line.known, timeout)
+            weakref.finalize(self, self._watch.stop)
+
+    @classmethod
+    def begin(cls, peers: Peers, what: str, timeout: float, problem: Exception | None = None) -> Agreement:
+        """Begin an operation on all ranks, in the same order on every rank, as collectives are.
+
+        Args:
+            peers, what, timeout: as for the class.
+            problem: why this rank cannot do it, if it cannot.
+
+        Raises:
+            CheckpointError: on every rank the same: one did not come, called something else, or had a problem.
+        """
+        if not (isinstance(timeout, int | float) and timeout > 0):
+            problem = problem or ValueError(f"timeout={timeout!r}: expected seconds above 0")
+            timeout = _USUAL_TIMEOUT_S
+        agreement = cls(peers, what, timeout)
         if peers.line is None:
-            self._value(self._take_part(_post(None, problem), lambda offers: None), problem)
-            return
-        self._watch = Watch(peers.line.board, peers.line.known, self._timeout)
-        weakref.finalize(self, self._watch.stop)
+            agreement._value(agreement._take_part(encode_post(None, problem), lambda offers: None), problem)
+            return agreement
         try:
             with peers.line.lock:
-                self._begin(peers.line, problem)
+                agreement._meet(peers.line, problem)
         except StoreLostError as error:
-            self.close()
+            agreement.close()
             raise CheckpointError(f"{what}: {_STORE_LOST}") from error
         except BaseException as error:
-            self.close(error)
+            agreement.close(error)
             raise
+        return agreement
 
     def __enter__(self) -> Agreement:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(error)
 
     @property
@@ -106,9 +124,10 @@ class Agreement:
         assert self._peers.line is not None
         return self._peers.line.board
 
-    def _begin(self, line: Line, problem: Exception | None) -> None:
+    def _meet(self, line: Line, problem: Exception | None) -> None:
+        """Wait for all ranks, and see that all want the same."""
         line.known.arrive()
-        post = _post({"what": self._what, "address": line.known.own}, problem)
+        post = encode_post({"what": self._what, "address": line.known.own}, problem)
         caller = Caller(line, self._peers.rank, self._what, self._watch, self._timeout, self._began)
         verdict: dict[str, Any] = {"again": True}
         while "again" in verdict:
@@ -122,7 +141,7 @@ class Agreement:
             else:
                 self._addresses = {0: self._operation.rank_0}
             self._watch.begin(self._operation.token, self._peers.rank)
-            verdict = self._take_part(post, _expect_one_call)
+            verdict = self._take_part(post, expect_one_call)
         self._value(verdict, problem)
         line.known.meet(self._addresses.values())
 
@@ -149,7 +168,7 @@ class Agreement:
             CheckpointError: a rank had a problem or was given up, or ``decide`` raised. The operation is over.
         """
         self._settle = settle
-        value = self._value(self._take_part(_post(offer, problem), decide), problem)
+        value = self._value(self._take_part(encode_post(offer, problem), decide), problem)
         self._settle = None
         return value
 
@@ -160,7 +179,7 @@ class Agreement:
         with suppress(StoreLostError):
             others = range(1, self._peers.world_size) if self._peers.rank == 0 else range(1)
             if lost := self._find_lost(others):
-                self._claim(self._failure(_reasons({}, lost)))
+                self._claim(self._failure(join_reasons({}, lost)))
             if self._board.look(self._key("verdict")) is not None:
                 raise RuntimeError("another rank has given up")
 
@@ -201,12 +220,12 @@ class Agreement:
             return cast("dict[str, Any]", verdict)
         problems = {rank: post["problem"] for rank, post in sorted(posts.items()) if "problem" in post}
         if problems or lost:
-            return self._claim(self._failure(_reasons(problems, lost)))
+            return self._claim(self._failure(join_reasons(problems, lost)))
         try:
             verdict = {"value": decide([posts[rank]["offer"] for rank in range(self._peers.world_size)])}
             json.dumps(verdict)
         except Exception as error:  # whatever it is, the others must not wait for a verdict
-            verdict = self._settled(str(error) if isinstance(error, ValueError) else _words(error))
+            verdict = self._settled(str(error) if isinstance(error, ValueError) else describe_error(error))
         return self._claim(verdict)
 
     def _collect(self, posts: dict[int, Any]) -> dict[int, str]:
@@ -225,13 +244,13 @@ class Agreement:
 
     def _take(self, waiting: dict[int, str]) -> dict[int, Any]:
         """Posts that are there (waiting: without them)."""
-        found = {rank: post for rank, key in waiting.items() if (post := self._board.look(key)) is not None}
-        for rank, post in found.items():
+        posts = {rank: post for rank, key in waiting.items() if (post := self._board.look(key)) is not None}
+        for rank, post in posts.items():
             self._board.drop(waiting.pop(rank))
             if not self._stage:
                 address = post.get("offer", {}).get("address")
                 self._addresses[rank] = Address(*address) if address else None
-        return found
+        return posts
 
     def _find_lost(self, ranks: Iterable[int]) -> dict[int, str]:
         """Those of some ranks that are given up, and why."""
@@ -261,7 +280,7 @@ class Agreement:
             if self._settle is not None and self._settle():
                 return {"value": None}
         except Exception as error:
-            text += f"; whether it was done after all cannot be seen: {_words(error)}"
+            text += f"; whether it was done after all cannot be seen: {describe_error(error)}"
         return self._failure(text)
 
     # End
@@ -273,7 +292,7 @@ class Agreement:
         self._is_open = False
         with suppress(StoreLostError):
             if self._operation and error is not None:
-                self._claim(self._settled(f"rank {self._peers.rank}: {_words(error)}"))
+                self._claim(self._settled(f"rank {self._peers.rank}: {describe_error(error)}"))
             if self._operation:
                 self._leave(self._operation)
         self._watch.close()
@@ -298,53 +317,3 @@ class Agreement:
             verdicts = [f"{operation.token}/{stage}/verdict" for stage in range(self._stage + 1)]
             self._board.drop(*staying.values(), *verdicts, *line.spent)
             line.spent = [f"{operation.call}/answer"]
-
-
-def _post(offer: Any, problem: BaseException | None) -> str:
-    """What a rank says; that its offer cannot be said is a problem too."""
-    try:
-        if problem is None:
-            return json.dumps({"offer": offer})
-    except Exception as error:
-        problem = error
-    return json.dumps({"problem": _words(problem)})
-
-
-def _reasons(problems: dict[int, str], lost: dict[int, str]) -> str:
-    """What ranks failed with, and why ranks are given up; ranks with the same words together."""
-    ranks: dict[str, list[str]] = {}
-    for rank, text in [
-        *((rank, f": {text}") for rank, text in problems.items()),
-        *((rank, f" {why}") for rank, why in lost.items()),
-    ]:
-        ranks.setdefault(text, []).append(str(rank))
-    return "; ".join(f"rank {', '.join(of)}{text}" for text, of in ranks.items())
-
-
-def _words(error: BaseException | None) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # its text is its own code
-        return type(error).__name__
-
-
-def _expect_one_call(offers: list[Any]) -> None:
-    calls = [offer["what"] for offer in offers]
-    for rank, call in enumerate(calls):
-        if call != calls[0]:
-            raise ValueError(f"rank 0 is {calls[0]}, rank {rank} is {call}; all ranks must make the same call")
-
-
-def absolute(path: Any) -> object:
-    """A path as the name of an operation: alike on all ranks, wherever they run; itself if it is none."""
-    try:
-        return os.path.abspath(path)
-    except (OSError, TypeError, ValueError):  # will be raised when it is used
-        return path
-
-
-def expect_same(offers: Sequence[Any], what: str) -> None:
-    """Raise ValueError unless all ranks offered the same."""
-    for rank, offer in enumerate(offers):
-        if offer != offers[0]:
-            raise ValueError(f"{what}: rank 0 has {offers[0]!r}, rank {rank} has {offer!r}; all ranks must have one")

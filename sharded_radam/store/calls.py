@@ -8,11 +8,13 @@ import time
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sharded_radam.checkpoint.peers import Line
 from sharded_radam.store.board import pauses
 from sharded_radam.store.liveness import Address, Watch
+from sharded_radam.store.peers import Line
 
+_TOKEN_BYTES = 8
 _LATE_S = 2.0
+"""How long who comes late for an operation that has failed waits for the others to call it again."""
 
 
 class FailedError(Exception):
@@ -52,25 +54,25 @@ class Caller:
     def _try(self) -> Operation | None:
         """Take part in the newest call; if that is over, none, and the call that is found next is another one."""
         board = self.line.board
-        own = json.dumps({"id": secrets.token_hex(8), "what": self.what})
+        own = json.dumps({"id": secrets.token_hex(_TOKEN_BYTES), "what": self.what})
         text = board.exchange("call", self.line.seen, own)
         call = json.loads(text)
-        found = self._answer(call["id"]) if self.rank == 0 else self._await_answer(call["id"], text)
-        if isinstance(found, str) and call["what"] == self.what:
-            self._wait_for_another(text, found)
+        answer = self._answer(call["id"]) if self.rank == 0 else self._await_answer(call["id"], text)
+        if isinstance(answer, str) and call["what"] == self.what:
+            self._wait_for_another(text, answer)
         self.line.seen = text
-        return found if isinstance(found, Operation) else None
+        return answer if isinstance(answer, Operation) else None
 
     def _answer(self, call: str) -> Operation | str | None:
         """As rank 0: the operation, or what it has failed with before this came."""
-        answer = {"token": secrets.token_hex(8), "address": self.line.known.own}
-        found = self.line.board.claim(f"{call}/answer", answer)
-        if "failure" in found:
-            return str(found["failure"])
-        if found["token"] == answer["token"]:
-            return Operation(found["token"], call, self.line.known.own)
+        own = {"token": secrets.token_hex(_TOKEN_BYTES), "address": self.line.known.own}
+        answer = self.line.board.claim(f"{call}/answer", own)
+        if "failure" in answer:
+            return str(answer["failure"])
+        if answer["token"] == own["token"]:
+            return Operation(answer["token"], call, self.line.known.own)
         # Of a process that was rank 0 before this one, and may have ended while others wait.
-        self.line.board.claim(f"{found['token']}/0/verdict", {"again": True})
+        self.line.board.claim(f"{answer['token']}/0/verdict", {"again": True})
         return None
 
     def _await_answer(self, call: str, text: str) -> Operation | str | None:
@@ -78,21 +80,21 @@ class Caller:
         board, key = self.line.board, f"{call}/answer"
         if (early := board.look(key)) is not None and "failure" in early:
             return str(early["failure"])
-        found = early or self._wait(key, text)
-        if "failure" in found:
+        answer = early or self._wait(key, text)
+        if "failure" in answer:
             self.line.seen = text
-            raise FailedError(found["failure"])
-        if "token" not in found:
+            raise FailedError(answer["failure"])
+        if "token" not in answer:
             return None
-        if (over := board.look(f"{found['token']}/0/verdict")) is not None:
-            return cast("str | None", over.get("failure"))
-        return Operation(found["token"], call, Address(*found["address"]) if found["address"] else None)
+        if (verdict := board.look(f"{answer['token']}/0/verdict")) is not None:
+            return cast("str | None", verdict.get("failure"))
+        return Operation(answer["token"], call, Address(*answer["address"]) if answer["address"] else None)
 
     def _wait(self, key: str, text: str) -> dict[str, Any]:
         """Rank 0's answer, or the failure when rank 0 is given up; nothing if there is a newer call."""
         for _ in pauses():
-            if (found := self.line.board.look(key)) is not None:
-                return cast("dict[str, Any]", found)
+            if (answer := self.line.board.look(key)) is not None:
+                return cast("dict[str, Any]", answer)
             if self.watch.is_due():
                 if self.line.board.read("call") != text:
                     break

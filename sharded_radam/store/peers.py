@@ -32,6 +32,9 @@ class Line:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+_DIGITS = 16
+"""Of the checksum by which ranks are named in the store."""
+
 _lines: weakref.WeakKeyDictionary[Any, dict[str, Line]] = weakref.WeakKeyDictionary()
 """Of a default store, by ranks."""
 
@@ -69,7 +72,7 @@ class Peers:
         ranks = ranks_of(group)
         if len(ranks) == 1:
             return Peers(0, 1, None)
-        rank, name = ranks.index(dist.get_rank()), hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        rank, name = ranks.index(dist.get_rank()), hashlib.sha256(repr(ranks).encode()).hexdigest()[:_DIGITS]
         default = dist.distributed_c10d._get_default_store()
         lines = _lines.setdefault(default, {})
         if name not in lines:
