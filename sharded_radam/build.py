@@ -17,7 +17,7 @@ from sharded_radam.buckets.flat import Flat
 from sharded_radam.buckets.memory import check_device, check_memory, is_dense
 from sharded_radam.gradients.sharded import ShardedGradients, check_not_wrapped
 from sharded_radam.plan import FlatPlan, ShardPlan, make_plan
-from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, has_members
+from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, find_twice, has_members
 from sharded_radam.state.dicts import Entry, read_entry
 from sharded_radam.state.edits import find_edits, set_counts, take_back
 from sharded_radam.state.gather import move
@@ -42,6 +42,7 @@ class Shards:
         gradients: of the own shards, with ``shard_gradients``.
         arrivals: of parameters, with ``overlap_forward``.
         steps: that were taken.
+        listed_twice: what to say of a parameter that is listed twice in a group, "" if none is.
         is_joined: whether this rank has run out of data, and steps along (``torch.distributed.algorithms.Join``).
         consolidated: the whole state, from ``consolidate_state_dict`` until the next step.
     """
@@ -56,6 +57,7 @@ class Shards:
     gradients: ShardedGradients | None = None
     arrivals: Arrivals | None = None
     steps: int = 0
+    listed_twice: str = ""
     is_joined: bool = False
     consolidated: dict[Tensor, Any] | None = None
 
@@ -214,7 +216,7 @@ def adopt(optimizer: RAdam, shards: Shards, draft: Draft) -> None:
     for flat in shards.flats:
         flat.take_back(flat.check(staying.__contains__, staying))
     for flat in old:
-        take_back(optimizer, flat, find_edits(optimizer, flat, staying))
+        take_back(optimizer, flat, find_edits(optimizer, flat, staying), flat.counters.device)
     fresh = [param for param in draft.params if param not in known]
     entries = {p: _entry_of(p, specs[p].name, optimizer.state[p]) for p in fresh if optimizer.state.get(p)}
     if shards.gradients is not None:
@@ -295,6 +297,7 @@ def _settle(optimizer: RAdam, shards: Shards, flats: Sequence[Flat]) -> None:
     shards.flats = [flat for flat in flats if flat.specs[0].group < number]
     shards.parked = [flat for flat in flats if flat.specs[0].group == number]
     shards.members = [[*group["params"]] for group in optimizer.param_groups]
+    shards.listed_twice = find_twice(optimizer.param_groups)
     if shards.gradients is not None:
         shards.gradients.lay_out(shards.flats)
     elif shards.options.shard_gradients:

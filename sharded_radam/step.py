@@ -66,6 +66,8 @@ def prepare(optimizer: RAdam, shards: Shards) -> list[list[Cohort]]:
     """
     shards.wait()
     follow_groups(optimizer, shards)
+    if shards.listed_twice:
+        raise ValueError(shards.listed_twice)
     elsewhere = [flat.check(partial(_has, optimizer)) for flat in shards.flats]
     edits = [find_edits(optimizer, flat) for flat in shards.flats]
     if shards.gradients is None:

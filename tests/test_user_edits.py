@@ -49,6 +49,20 @@ def remove_all_but_one(side: Side) -> None:
     del side.groups[0]["params"][1:]
 
 
+def without_parameters(side: Side) -> None:
+    """A step in which all groups are empty, and then one without groups."""
+    kept = [[*group["params"]] for group in side.groups]
+    for group in side.groups:
+        group["params"] = []
+    side.optimizer.step()
+    groups = [*side.groups]
+    side.groups.clear()
+    side.optimizer.step()
+    side.groups.extend(groups)
+    for group, params in zip(side.groups, kept, strict=True):
+        group["params"] = params
+
+
 def sort_groups(side: Side) -> None:
     side.groups.sort(key=lambda group: -group["lr"])
 
@@ -130,6 +144,11 @@ def add_to_all_steps(side: Side) -> None:
         state["step"] += 3
 
 
+def assign_data_of_steps(side: Side) -> None:
+    for state in side.optimizer.state.values():
+        state["step"].data = torch.tensor(1.0)
+
+
 def replace_step(side: Side) -> None:
     side.optimizer.state[side.params[3]]["step"] = torch.tensor(2.0)
 
@@ -184,6 +203,7 @@ EDITS = {
         *(append_parameter, append_group, remove_parameter, remove_group, remove_all_but_one, sort_groups),
         *(assign_groups, sort_parameters, move_parameter, replace_parameter, edit_options, prune, densify),
         *(set_whole_moments, clear_state, delete_state, zero_one_step, add_to_all_steps, replace_step),
+        *(assign_data_of_steps, without_parameters),
         *(scale_moments_in_place, assign_data_of_moments, vector_of_parameters, assign_rows_of_others),
         *(assign_other_strides, assign_with_gaps, share_memory, swap_tensors, freeze_and_thaw),
     )
@@ -460,6 +480,30 @@ def test_what_cannot_be_followed_raises_before_anything_has_changed(world_size: 
 
 def test_what_one_rank_alone_edits_raises_on_all() -> None:
     run(check_wrong, 2, 1)
+
+
+def check_listed_twice(rank: int, world_size: int) -> None:
+    params = [Parameter(torch.ones(5)), Parameter(torch.ones(3))]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = ShardedRAdam([*params, params[0]])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter '0\.2' is listed twice in param group 0"):
+            optimizer.step()
+    assert all(bool((param == 1).all()) for param in params)
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
+    assert all(bool((param != 1).all()) for param in params)
+    optimizer.param_groups[0]["params"].append(params[1])
+    with pytest.raises(ValueError, match=r"parameter '0\.2' is listed twice in param group 0"):
+        optimizer.step()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_parameter_listed_twice_is_an_error_of_the_step(world_size: int) -> None:
+    run(check_listed_twice, world_size)
 
 
 def check_replaced_in_the_model_only(rank: int, world_size: int) -> None:

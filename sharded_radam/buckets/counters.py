@@ -36,9 +36,20 @@ class Counters:
         self.device = device
         self._all = torch.tensor(counts, dtype=torch.float64, device=device)
         self.views = [*self._all.unbind()]
+        self._addresses = self._addresses_of_views()
         # Values on the device are not read, which would wait for it: slots of one class have the same count.
         self._classes: list[float] = list(counts)
         self._version = self._all._version
+
+    def _addresses_of_views(self) -> list[int]:
+        return [view.data_ptr() for view in self.views]
+
+    def moved(self) -> list[int]:
+        """Slots to the ``.data`` of whose counter somebody has assigned."""
+        addresses = self._addresses_of_views()
+        if addresses == self._addresses:
+            return []
+        return [slot for slot, address in enumerate(addresses) if address != self._addresses[slot]]
 
     def add_step(self, has_grad: Sequence[bool], capturable: bool) -> list[Cohort]:
         """Add 1 for all slots that have a gradient.

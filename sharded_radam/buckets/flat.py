@@ -311,7 +311,7 @@ class Flat:
             state: of the optimizer.
             moments: whether to look at more than the step counters.
         """
-        found: set[int] = set()
+        found = set(self.counters.moved())
         nothing: Mapping[Any, Any] = {}
         entries = [state.get(param, nothing) for param in self.params]
         views_of: dict[str, list[Tensor]] = {"step": self.counters.views}

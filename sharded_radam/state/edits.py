@@ -16,7 +16,8 @@ from sharded_radam.state.dicts import Entry, read_entry
 
 def group_of(optimizer: RAdam, flat: Flat) -> dict[str, Any]:
     """The param group of a flat; the defaults for parameters that are in no group any more."""
-    return [*optimizer.param_groups, optimizer.defaults][flat.specs[0].group]
+    index = flat.specs[0].group
+    return optimizer.param_groups[index] if index < len(optimizer.param_groups) else optimizer.defaults
 
 
 def find_edits(optimizer: RAdam, flat: Flat, among: Set[Tensor] | None = None) -> dict[int, Entry]:
@@ -43,28 +44,33 @@ def find_edits(optimizer: RAdam, flat: Flat, among: Set[Tensor] | None = None) -
 
 
 @torch.no_grad()
-def take_back(optimizer: RAdam, flat: Flat, edits: dict[int, Entry] | None = None) -> None:
+def take_back(
+    optimizer: RAdam, flat: Flat, edits: dict[int, Entry] | None = None, device: torch.device | None = None
+) -> None:
     """Follow what somebody did to the state of a flat: tensors put there are copied, missing ones start anew.
 
     Args:
         optimizer: whose state.
         flat: whose parameters.
         edits: that were found; they are looked for if it is None.
+        device: where step counters are to be; as the param group has it if None.
     """
     edits = find_edits(optimizer, flat) if edits is None else edits
+    device = device or _counter_device(optimizer, flat)
     for slot, entry in edits.items():
         if optimizer.defaults["differentiable"] and entry.tensors is not None:
             continue  # they are part of a graph
         flat.take_back_state(slot, entry.tensors)
         optimizer.state[flat.params[slot]].update(flat.local_state[slot])
-    if edits or flat.counters.device != _counter_device(optimizer, flat):
-        counts = enumerate(flat.counters.views)
-        set_counts(optimizer, flat, [edits[at].step if at in edits else float(count) for at, count in counts])
+    if edits or flat.counters.device != device:
+        views = enumerate(flat.counters.views)
+        counts = [edits[slot].step if slot in edits else float(count) for slot, count in views]
+        set_counts(optimizer, flat, counts, device)
 
 
-def set_counts(optimizer: RAdam, flat: Flat, counts: Sequence[float]) -> None:
-    """Let the parameters of a flat have taken so many steps."""
-    flat.counters = Counters(counts, _counter_device(optimizer, flat))
+def set_counts(optimizer: RAdam, flat: Flat, counts: Sequence[float], device: torch.device | None = None) -> None:
+    """Let the parameters of a flat have taken so many steps (device: of the counters; as the group has it if None)."""
+    flat.counters = Counters(counts, device or _counter_device(optimizer, flat))
     for param, step in zip(flat.params, flat.counters.views, strict=True):
         if param in optimizer.state:
             optimizer.state[param]["step"] = step
