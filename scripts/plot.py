@@ -1,6 +1,6 @@
 """Plots and Markdown tables of what the benchmarks wrote to scripts/results.
 
-    python scripts/plot.py    # scripts/results/{step,train,memory,checkpoint}.png; the tables of README.md on stdout
+    python scripts/plot.py   # scripts/results/{step,train,memory,checkpoint}.png; tables of scripts/README.md on stdout
 
 A plot has one panel for each number of ranks and kind of figure, and the command that made it.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo with a small model, and the quick part of the tests, each with a Python and a torch of its own:
-#   scripts/test_versions.sh                       the pairs of README.md
+#   scripts/test_versions.sh                       the pairs of scripts/README.md
 #   scripts/test_versions.sh 3.12:2.11.0 ...       these; Python is a version, the start of one, or a path
 # Each pair gets a fresh environment, 3 to 5 GB for most, which is removed afterwards. What came out is added to
 # scripts/results/versions.json, and the table of it is printed.

@@ -1,4 +1,4 @@
-"""What scripts/test_versions.sh found, in scripts/results/versions.json, and as README.md's table.
+"""What scripts/test_versions.sh found, in scripts/results/versions.json, and as the table of scripts/README.md.
 
 python scripts/versions_table.py                       # the table
 python scripts/versions_table.py add STATUS LINE       # adds a row, with this Python and torch: the demo's exit status,

@@ -18,7 +18,7 @@ ENGINES: tuple[Engine, ...] = ("for-loop", "foreach", "fused")
 NUMEL = 1031
 FUSED_ULPS = 2
 """Between the fused engine and torch's foreach after 13 steps, in units of eps times the largest element, or 1 if that
-is more. Measured over HYPERPARAMETERS: 0.25 for lr = 1e-3, 0.9 for lr = 0.5 (README, "What it guarantees")."""
+is more. Measured over HYPERPARAMETERS: 0.25 for lr = 1e-3, 0.9 for lr = 0.5 (sharded_radam/README.md, "Guarantees")."""
 
 
 def hyperparameters(**changes: Any) -> Hyperparameters:

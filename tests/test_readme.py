@@ -1,4 +1,4 @@
-"""The code of README.md and launch/README.md, run as it stands; only paths and sizes are others."""
+"""The code of all pages, run as it stands; only paths and sizes are others. And what they quote, and their links."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from tests.programs import ROOT, SMALL, environment
 from tests.ranks import WORLD_SIZES, run
 from tests.test_integrations import LIBRARIES
 
-README, LAUNCH = ROOT / "README.md", ROOT / "launch" / "README.md"
+README, GUIDE = ROOT / "README.md", ROOT / "sharded_radam" / "README.md"
+LAUNCH, SCRIPTS, CONTRIBUTING = ROOT / "launch" / "README.md", ROOT / "scripts" / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = (README, GUIDE, LAUNCH, SCRIPTS, CONTRIBUTING)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -43,10 +45,15 @@ def lines(path: Path) -> list[str]:
 
 
 def test_every_block_is_of_a_language_that_is_run_here() -> None:
-    for path in (README, LAUNCH):
-        fences = re.findall(r"^```(.*)$", path.read_text(), flags=re.MULTILINE)[::2]
+    for path in PAGES:
+        fences = re.findall(r"^ *```(.*)$", path.read_text(), flags=re.MULTILINE)[::2]
         assert set(fences) <= {"python", "bash", ""}, path
-    assert "".join(blocks(README, "")).count("rank 0   bucket 0") == 1  # the drawing
+    drawing, floors = blocks(CONTRIBUTING, "")
+    assert drawing.startswith("rank 0   bucket 0")
+    assert "0  compat" in floors
+    assert not any(blocks(path, "") for path in PAGES if path != CONTRIBUTING)
+    assert not any(blocks(path, "python") for path in (SCRIPTS, CONTRIBUTING))
+    assert blocks(CONTRIBUTING, "bash") == []
 
 
 def check_manager(_rank: int, _world_size: int, code: str, folder: str) -> None:
@@ -61,9 +68,24 @@ def check_manager(_rank: int, _world_size: int, code: str, folder: str) -> None:
     assert {int(state["step"]) for state in optimizer.state.values()} == {7}
 
 
-def check_sharded(_rank: int, _world_size: int, code: str) -> None:
-    """Without DDP: 28 batches in 7 steps."""
-    names: dict[str, Any] = {"model": nn.Linear(3, 200), "batches": [torch.ones(5, 3)] * 28}
+def check_loop(_rank: int, _world_size: int, code: str, folder: str) -> None:
+    """Saves every 10 steps of 40, and goes on from the last one when it is started again."""
+    code = code.replace('"checkpoints"', f'"{folder}/loop"').replace("1000", "40").replace("100", "10")
+    steps: list[None] = []
+    for _ in range(2):
+        model = nn.Linear(3, 200)
+        optimizer = ShardedRAdam(DistributedDataParallel(model).parameters())
+        names: dict[str, Any] = {"model": model, "optimizer": optimizer, "train_one_step": lambda: steps.append(None)}
+        exec(code, names)
+        dist.barrier()  # rank 0 removes the first one after it has told the others that the last one is committed
+        assert names["manager"].steps() == [10, 20, 30]
+    assert len(steps) == 40 + 9
+    assert names["restored"].step == 30
+
+
+def check_sharded(_rank: int, _world_size: int, code: str, batches_of_a_step: int) -> None:
+    """Without DDP: 7 steps."""
+    names: dict[str, Any] = {"model": nn.Linear(3, 200), "batches": [torch.ones(5, 3)] * 7 * batches_of_a_step}
     before = names["model"].weight.detach().clone()
     exec(code, names)
     assert {int(state["step"]) for state in names["optimizer"].state.values()} == {7}
@@ -116,13 +138,20 @@ def check_from_zero(rank: int, _world_size: int, code: str, figures: str, folder
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, sharded, manager, dcp, edit, zero, figures = blocks(README, "python")  # tests/test_wheel.py runs the first one
-    run(check_manager, world_size, f"{manager}\n{dcp}", str(tmp_path))
-    run(check_sharded, world_size, sharded)
+def test_code_of_the_readme(tmp_path: Path, world_size: int) -> None:
+    _, sharded, loop = blocks(README, "python")  # tests/test_wheel.py runs the first one
+    run(check_sharded, world_size, sharded, 1)
+    run(check_loop, world_size, loop, str(tmp_path))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_code_of_the_guide(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit, sharded, manager, dcp, zero, figures = blocks(GUIDE, "python")
     run(check_edit, world_size, edit)
+    run(check_sharded, world_size, sharded, 4)
+    run(check_manager, world_size, f"{manager}\n{dcp}", str(tmp_path))
     run(check_from_zero, world_size, zero, figures, str(tmp_path))
-    commands = [line for line in lines(README) if line.startswith("sharded-radam checkpoint")]
+    commands = [line for line in lines(GUIDE) if line.startswith("sharded-radam checkpoint")]
     assert len(commands) == 7
     monkeypatch.chdir(tmp_path)
     for command in commands:
@@ -130,25 +159,29 @@ def test_code_of_the_readme(tmp_path: Path, world_size: int, monkeypatch: pytest
         assert main(command.removeprefix("sharded-radam ").split()) == (" diff " in command)
 
 
-def test_commands_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    others = [line for line in lines(README) if not line.startswith("sharded-radam checkpoint")]
-    scripts = {line for line in others if line.startswith("scripts/")}
+def test_commands_of_the_readme() -> None:
+    *installing, demo, test = lines(README)
+    assert installing == ["pip install .", "torchrun --standalone --nproc-per-node=2 example.py"]  # by test_wheel.py
     # The latter runs this; the former is run by tests/test_scripts.py.
-    assert scripts == {"scripts/demo.sh", "scripts/test.sh"}
-    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
-    tools = [line for line in others if line.startswith("sharded-radam ")]
+    assert [demo, test] == ["scripts/demo.sh", "scripts/test.sh"]
+    assert all(os.access(ROOT / script, os.X_OK) for script in (demo, test))
+
+
+def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    tools = [line for line in lines(GUIDE) if not line.startswith("sharded-radam checkpoint")]
     assert [command.split()[1] for command in tools] == ["plan", "plan", "doctor"]
     for command in tools:
         assert main(shlex.split(command)[1:]) == 0
         assert capsys.readouterr().out
-    installed = ["pip install .", "torchrun --standalone --nproc-per-node=2 example.py"]
-    assert others[:2] == installed  # tests/test_wheel.py does that
-    benchmarks = [line for line in others if line not in scripts and line not in tools and line not in installed]
+
+
+def test_commands_of_the_scripts() -> None:
+    """Which tests/test_scripts.py runs."""
     tested = (ROOT / "tests" / "test_scripts.py").read_text()
-    for command in benchmarks:
+    for command in lines(SCRIPTS):
         start, script = command.rsplit(" ", 1)
-        assert start == "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2"
-        assert f'"{script}"' in tested, script
+        assert start in ("OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2", "python")
+        assert f'"{script}"' in tested or f"import {Path(script).stem}," in tested, script
 
 
 def test_commands_of_launching(tmp_path: Path) -> None:
@@ -205,10 +238,10 @@ def test_the_other_blocks_of_launching_are_recipes() -> None:
     assert all(f'recipe("{heading}")' in programs for heading in with_code)
 
 
-def test_errors_of_the_readme_are_those_of_the_code() -> None:
+def test_errors_of_the_guide_are_those_of_the_code() -> None:
     source = "".join(path.read_text() for path in sorted((ROOT / "sharded_radam").rglob("*.py")))
     source = re.sub(r'"\s*\n\s*f?"', "", source)
-    table = README.read_text().partition("## Errors, and what they mean")[2].partition("\n## ")[0]
+    table = GUIDE.read_text().partition("## Errors, and what they mean")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \| ", table, flags=re.MULTILINE)
     assert len(rows) > 10
     for text in (text for row in rows for text in re.findall(r"`(.*?)`", row)):
@@ -216,7 +249,22 @@ def test_errors_of_the_readme_are_those_of_the_code() -> None:
             assert part in source, part
 
 
+def anchors(path: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    for path in (README, LAUNCH, ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
-            assert target.startswith("https://") or (path.parent / target).exists(), target
+    for path in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+            if not target.startswith("https://"):
+                page = path.parent / target if target else path
+                assert page.exists(), f"{path}: {target}"
+                assert not anchor or anchor in anchors(page), f"{path}: {target}#{anchor}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    links = {(README.parent / target).resolve() for target in re.findall(r"\]\(([^)#:]+)", README.read_text())}
+    assert {path.resolve() for path in PAGES[1:]} <= links

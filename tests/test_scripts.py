@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from sharded_radam.tools.estimate import OURS as OURS_DDP
 from sharded_radam.tools.estimate import OURS_SHARDED, estimates
 from tests.programs import ROOT, call
 
+README = ROOT / "README.md"
 OURS = "sharded_radam, shard_gradients"
 ALONE = {"sharded_radam", "sharded_radam, no communication", "DDP + RAdam"}
 TOGETHER = {"sharded_radam, transport gloo", "sharded_radam, share_parameters", "ZeroRedundancyOptimizer"}
@@ -69,8 +72,23 @@ def test_plots_and_tables(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"step", "train", "memory", "checkpoint"}
     tables = done.stdout.strip().split("\n\n")
     assert len(tables) == 8
-    readme = (ROOT / "README.md").read_text()
-    assert [table for table in tables if table not in readme] == []
+    page = (ROOT / "scripts" / "README.md").read_text()
+    assert [table for table in tables if table not in page] == []
+    shown = re.findall(r"^\| .*, ms \|.*\n(?:\|.*\n)+|^\| .*, MiB \|.*\n(?:\|.*\n)+", README.read_text(), re.MULTILINE)
+    assert len(shown) == 2
+    assert all(table.strip() in tables for table in shown)
+
+
+def test_drawings(tmp_path: Path) -> None:
+    """Those of README.md are what the plan and the schedule say now."""
+    subprocess.run([sys.executable, "scripts/draw.py", tmp_path], cwd=ROOT, check=True)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn.keys() == {"step.svg", "backward.svg"}
+    for name, content in drawn.items():
+        assert (ROOT / "docs" / name).read_text() == content, "run scripts/draw.py"
+        assert f"docs/{name}" in README.read_text()
+        ET.fromstring(content)
+        assert len(content) < 12_000
 
 
 def check_plan(figures: dict[str, Any], ranks: int, numel: int) -> None:
@@ -224,15 +242,15 @@ def here() -> dict[str, str]:
 def test_the_oldest_versions_are_the_same_everywhere() -> None:
     oldest = ".".join(map(str, compat.OLDEST))
     assert f'dependencies = ["torch>={oldest},<3"]' in (ROOT / "pyproject.toml").read_text()
-    assert f"torch {oldest} or newer" in (ROOT / "README.md").read_text()
+    assert f"torch {oldest} or newer" in README.read_text()
     assert f">= {compat.OLDEST}" in (ROOT / "scripts" / "venv.sh").read_text()
 
 
 def test_table_of_versions() -> None:
-    """README has what scripts/test_versions.sh found."""
+    """scripts/README.md has what scripts/test_versions.sh found."""
     table = [sys.executable, "scripts/versions_table.py"]
     done = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout in (ROOT / "README.md").read_text()
+    assert done.stdout in (ROOT / "scripts" / "README.md").read_text()
     rows = json.loads((ROOT / "scripts" / "results" / "versions.json").read_text())
     assert all(row["demo"] == "passed" and row["tests"].keys() <= {"passed", "skipped"} for row in rows)
     found = {(row["python"].rpartition(".")[0], row["torch"].partition("+")[0]) for row in rows}

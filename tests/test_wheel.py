@@ -65,7 +65,7 @@ def installed(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_what_is_in_them(distributions: Path) -> None:
     (wheel,), (sdist,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "sharded_radam").rglob("*.py")}
-    sources.add("sharded_radam/py.typed")
+    sources |= {"sharded_radam/py.typed", "sharded_radam/README.md"}
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
