@@ -559,18 +559,13 @@ class ShardedRAdam(RAdam, Joinable):
 
     def checkpoint_part(self, model: nn.Module | None = None) -> OptimizerPart:
         """What a checkpoint needs of this optimizer; for CheckpointManager."""
-        self._shards.wait()
-        follow_groups(self, self._shards)
-        for flat in self._shards.flats:
+        shards = self._shards
+        shards.wait()
+        follow_groups(self, shards)
+        for flat in shards.flats:
             take_back(self, flat)
-        return OptimizerPart(
-            self._shards.flats,
-            self.param_groups,
-            self.state,
-            model,
-            bool(self._shards.options.fused),
-            self._shards.transport.has_one_copy,
-        )
+        is_fused, has_one_copy = bool(shards.options.fused), shards.transport.has_one_copy
+        return OptimizerPart(shards.flats, self.param_groups, self.state, model, is_fused, has_one_copy)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
