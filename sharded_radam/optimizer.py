@@ -23,22 +23,16 @@ from sharded_radam import step_differentiable as autograd_step
 from sharded_radam.arrivals import Arrivals
 from sharded_radam.buckets.counters import Cohort, Counters
 from sharded_radam.buckets.flat import Flat, find_slot
-from sharded_radam.buckets.memory import (
-    check_device,
-    check_memory,
-    dim_order,
-    flat_gradient,
-    flatten,
-    is_dense,
-    unflatten,
-)
+from sharded_radam.buckets.memory import check_device, check_memory, flat_gradient, is_dense
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.checkpoint.optimizer import LoadReport, OptimizerPart
 from sharded_radam.checkpoint.peers import Peers
 from sharded_radam.checkpoint.save import SaveReport
 from sharded_radam.checkpoint.single import load_optimizer, save_optimizer
 from sharded_radam.compat import check_graph_capture
-from sharded_radam.gradients.sharded import ShardedGradients, check_not_wrapped
+from sharded_radam.gradients import measures
+from sharded_radam.gradients.hooks import check_not_wrapped
+from sharded_radam.gradients.sharded import ShardedGradients
 from sharded_radam.plan import ShardPlan, make_plan
 from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, has_members
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
@@ -68,21 +62,6 @@ class Options:
     shard_gradients: bool
     check_gradients: bool
     check_replicas: int
-
-
-def check_norm(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
-    """Raise RuntimeError, where that is asked for, if a norm of gradients is inf or nan."""
-    if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(
-            f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped: pass "
-            "error_if_nonfinite=False to go on regardless"
-        )
-
-
-def _clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients (modified in place) whose norm this is, as torch does."""
-    if grads:
-        torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
 
 
 def _check_engine(fused: bool, foreach: bool, differentiable: bool, shares_more: bool) -> None:
@@ -484,8 +463,13 @@ class ShardedRAdam(RAdam, Joinable):
             Join.notify_join_context(self)
         if self._join_config.enable:
             share_gradients(self.param_groups, self._network, self._joined)
-        if self._skipped_by_scaler():
+        found_inf, scale = self._left_by_scaler()
+        if found_inf is not None and found_inf.item():  # no step is wanted
+            if self._gradients is not None:
+                self._gradients.stepped()
             return loss
+        if scale is not None:
+            measures.divide_(self._all_gradients(), scale)
         with torch.no_grad():
             cohorts = self._prepare()
         if self.defaults["differentiable"]:
@@ -499,24 +483,11 @@ class ShardedRAdam(RAdam, Joinable):
         self._steps += 1
         return loss
 
-    @torch.no_grad()
-    def _skipped_by_scaler(self) -> bool:
-        """Whether a GradScaler, or whoever sets ``found_inf`` as for torch's fused optimizers, wants no step.
-
-        Gradients are unscaled here if ``grad_scale`` is set too.
-        """
+    def _left_by_scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """``found_inf`` and ``grad_scale`` of a GradScaler, or of whoever sets them as for torch's fused optimizers."""
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is None or not (self.shards_gradients or self._options.fused):
-            return False
-        if found_inf.item():
-            if self._gradients is not None:
-                self._gradients.stepped()
-            return True
-        if scale is not None:
-            self._reduce_gradients()
-            if grads := self._own_grads():
-                torch._foreach_mul_(grads, scale.double().reciprocal().float())
-        return False
+        follows = found_inf is not None and (self.shards_gradients or self._options.fused)
+        return (found_inf, scale) if follows else (None, None)
 
     def _prepare(self) -> list[list[Cohort]]:
         """All that can fail, then count the steps of the parameters that have a gradient."""
@@ -683,7 +654,7 @@ class ShardedRAdam(RAdam, Joinable):
             ``found_inf``.
         """
         assert self._gradients is not None, "only with shard_gradients=True"
-        self._gradients.unscale_(inv_scale, found_inf)
+        measures.unscale_(self._gradients, inv_scale, found_inf)
         return found_inf
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -699,13 +670,8 @@ class ShardedRAdam(RAdam, Joinable):
         Returns:
             0-d, equal on all ranks.
         """
-        if not norm_type > 0:
-            raise ValueError(f"norm_type={norm_type}: expected a number above 0, or inf")
-        if self._gradients is not None:
-            return self._gradients.norm(float(norm_type))
-        return nn.utils.get_total_norm(self._local_grads(), norm_type)
+        return measures.norm(self._all_gradients(), norm_type)
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Collective: scale all gradients so that their norm is ``max_norm`` at most, as ``torch.nn.utils`` does.
 
@@ -716,38 +682,28 @@ class ShardedRAdam(RAdam, Joinable):
             RuntimeError: on all ranks, with ``error_if_nonfinite``, if the norm is inf or nan.
         """
         norm = self.grad_norm(norm_type)
-        check_norm(norm, norm_type, error_if_nonfinite)
-        _clip_(self._own_grads(), max_norm, norm)
+        measures.check_norm(norm, norm_type, error_if_nonfinite)
+        measures.clip_to_norm_(self._all_gradients(), max_norm, norm)
         return norm
 
-    @torch.no_grad()
     def clip_grads_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         """Scale all gradients so that their norm, which is ``total_norm`` now, is ``max_norm`` at most.
 
         As ``torch.nn.utils.clip_grads_with_norm_``. Collective with ``shard_gradients``.
         """
-        self._reduce_gradients()
-        _clip_(self._own_grads(), max_norm, total_norm)
+        gradients = self._all_gradients()
+        gradients.finish()
+        measures.clip_to_norm_(gradients, max_norm, total_norm)
 
-    @torch.no_grad()
     def clip_grad_value_(self, clip_value: float) -> None:
         """Limit each element of the gradients to ``-clip_value`` to ``clip_value``, as ``torch.nn.utils`` does.
 
         Collective with ``shard_gradients``.
         """
-        self._reduce_gradients()
-        grads = self._own_grads()
-        if grads:
-            torch._foreach_clamp_min_(grads, -clip_value)
-            torch._foreach_clamp_max_(grads, clip_value)
+        measures.clip_values_(self._all_gradients(), clip_value)
 
-    def _reduce_gradients(self) -> None:
-        if self._gradients is not None:
-            self._gradients.finish()
-
-    def _own_grads(self) -> list[Tensor]:
-        """Real tensors with all elements of gradients, reduced before, that this rank is to change."""
-        return self._local_grads() if self._gradients is None else self._gradients.own()
+    def _all_gradients(self) -> measures.Whole | ShardedGradients:
+        return measures.Whole(self.param_groups) if self._gradients is None else self._gradients
 
     def full_grad(self, param: Tensor) -> Tensor | None:
         """The whole mean gradient of a parameter. Collective with ``shard_gradients``.
@@ -760,7 +716,6 @@ class ShardedRAdam(RAdam, Joinable):
         """
         return param.grad if self._gradients is None else self._gradients.whole(param)
 
-    @torch.no_grad()
     def map_grads_(self, fn: Callable[[Tensor, range, Tensor], Tensor | None]) -> None:
         """Change gradients between backward and step: masks, noise, scales for each layer.
 
@@ -772,26 +727,7 @@ class ShardedRAdam(RAdam, Joinable):
                 and these elements of the gradient, 1-D; fp32 for half precision with ``shard_gradients``. It changes
                 them in place, or returns new ones.
         """
-        for param, elements, grad in self._grad_pieces():
-            changed = fn(param, elements, grad)
-            if changed is not None:
-                grad.copy_(changed)
-
-    def _grad_pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
-        self._reduce_gradients()
-        if self._gradients is not None:
-            yield from self._gradients.pieces()
-            return
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    flat = flatten(param.grad, dim_order(param))
-                    yield param, range(flat.numel()), flat
-                    if flat.data_ptr() != param.grad.data_ptr():
-                        param.grad.copy_(unflatten(flat, param.shape, dim_order(param)))
-
-    def _local_grads(self) -> list[Tensor]:
-        return [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        measures.map_(self._all_gradients(), fn)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``, the shards' gradients included."""
