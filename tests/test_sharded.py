@@ -339,6 +339,11 @@ def check_wrapped(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match=message):
         other.add_param_group({"params": wrapped.parameters()})
     assert len(other.param_groups) == 1
+    del optimizer, other
+    gc.collect()
+    late = DistributedDataParallel(nn.Linear(3, 3))  # nobody sees it
+    with pytest.raises(ValueError, match=message):
+        ShardedRAdam(late.parameters(), shard_gradients=True)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -87,7 +87,7 @@ class Hooks:
         return hook is not None and hook.owner() not in (self._owner(), None)
 
     def leave(self, params: Iterable[tuple[SlotKey, Tensor]], staying: Set[Tensor]) -> None:
-        """Remove the own hooks of parameters that go, and forget the keys of the others."""
+        """Remove the own hooks of parameters that go. Keep those that stay, whose keys will be others."""
         for key, param in params:
             hook = self._hooks.get(key)
             if hook is not None and param not in staying and hook.owner is self._owner and hook.handle is not None:

@@ -68,7 +68,7 @@ class Sums:
         """Bytes of the buckets that are filled or under way; not collective, so 0 while there is no reducer."""
         return self.reducer.num_slots * self.reducer.slot_bytes(self._sizes()) if self.reducer else 0
 
-    def of(self, flat: Flat) -> Tensor:
+    def total_of(self, flat: Flat) -> Tensor:
         """The sums of a flat."""
         return next(total for total, each in zip(self.totals, self.flats, strict=True) if each is flat)
 
@@ -81,8 +81,8 @@ class Sums:
         """For each slot of a flat: first element in memory order, and 1-D view, of its pieces."""
         flat, elements = self.flats[index], self.elements(index)
         pieces: list[list[tuple[int, Tensor]]] = [[] for _ in flat.params]
-        for at in (own.piece for of_bucket in flat.pieces for own in of_bucket):
-            pieces[at.slot].append((at.start, elements.narrow(0, at.local_start, at.numel)))
+        for piece in (own.piece for in_bucket in flat.pieces for own in in_bucket):
+            pieces[piece.slot].append((piece.start, elements.narrow(0, piece.local_start, piece.numel)))
         return pieces
 
     # Which parameters are in there
@@ -132,7 +132,7 @@ class Sums:
             reducer.fill(targets, sources)
             if empty:
                 torch._foreach_zero_(empty)
-            local_start, local_stop = (flat.reals * at for at in flat.plan.local_range(launch.bucket))
+            local_start, local_stop = (flat.reals * edge for edge in flat.plan.local_range(launch.bucket))
             out = self.totals[launch.flat].narrow(0, local_start, local_stop - local_start)
             self._transport.count("reduce_scatter", bucket)
             reducer.close(out, bool(self._valid[where]), mark)
@@ -144,9 +144,10 @@ class Sums:
         flat, dropped = self.flats[where[0]], self._filled[where] - self._valid[where]
         if self._valid[where] and dropped:
             self.finish()  # nothing may still be on its way to there
-            for at in (own.piece for own in flat.pieces[where[1]]):
-                if at.slot in dropped:
-                    self.totals[where[0]].narrow(0, flat.reals * at.local_start, flat.reals * at.numel).zero_()
+            for piece in (own.piece for own in flat.pieces[where[1]]):
+                if piece.slot in dropped:
+                    start, numel = flat.reals * piece.local_start, flat.reals * piece.numel
+                    self.totals[where[0]].narrow(0, start, numel).zero_()
 
     def finish(self) -> None:
         """Wait for all that is under way."""

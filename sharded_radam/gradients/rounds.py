@@ -6,16 +6,16 @@ those that did, or at the step. So between two steps, all ranks must run the sam
 
 ::
 
-            a gradient          last launch               tail              unscale
-     DUE ──────────────► OPEN ──────────────► COMPLETE ─────────► REDUCED ───────────► UNSCALED
-      ▲                   ▲                    │   ▲                 │                   │
-      │                   └──── a gradient ────┘   └── a gradient ───┴───────────────────┘
-      │                                          │                   │                   │
-      └────────────── step, zero_grad, or a gradient in no_sync ─────┴───────────────────┘
+     ┌────────────── LAUNCHED ─────────────┐
+     │      TAKEN          LAUNCHED        ▼      TAIL             UNSCALE
+    DUE ───────────► OPEN ────────────► COMPLETE ──────► REDUCED ───────────► UNSCALED
+     ▲                 ▲                 │ │ ▲             │ │                   │ │
+     │                 └───── TAKEN ─────┘ │ └── GRADIENT ─┘─│───────────────────┘ │
+     └─────────────────────────────────────┴── STEP, HELD ───┴─────────────────────┘
 
 A gradient that is not expected, since it had not come when the order was found out, begins no round; it waits in
-``.grad`` for the tail. At the step, a round that is DUE is sent at once, and one that is OPEN to its end. What is DUE
-or OPEN stays so if a GradScaler skips the step.
+``.grad`` for the tail. At the step, a round that is DUE is sent from beginning to end, and one that is OPEN from where
+it is. Both stay what they are if a GradScaler skips that step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sharded_radam.plan import FlatPlan
 class State(Enum):
     """What has become of the gradients since the last step."""
 
-    # No launch has been sent for some gradients that there may be: none since the step, or not those of no_sync.
+    # A round is to be sent before the step: none was since the last one, or gradients of no_sync wait in ``.grad``.
     DUE = auto()
-    # Some gradients of a backward pass have come; launches are sent as they become complete.
+    # Some gradients of a backward pass have come. Each launch is sent when all of its own have.
     OPEN = auto()
     # All launches were sent; the tail was not.
     COMPLETE = auto()
@@ -58,7 +58,7 @@ class Event(Enum):
     TAIL = auto()
     # The sums were unscaled.
     UNSCALE = auto()
-    # A step has used the gradients, or was skipped; or zero_grad() is about to drop them.
+    # A step has used the gradients, or was skipped; or zero_grad() is about to drop them, and has ended the round.
     STEP = auto()
 
 
@@ -88,7 +88,7 @@ class Rounds:
     Args:
         plans: of the flats. Until ``follow``, gradients are expected from the last slot to the first.
 
-    ``arrived`` are the slots that have come in this round, in their order: some exactly while it is OPEN.
+    ``arrived`` are the slots that have come in this round, in their order; there are some exactly while it is OPEN.
     ``last_arrivals`` are those of the last round that had any.
     """
 

@@ -92,7 +92,7 @@ class ShardedGradients:
 
     def sum_of(self, flat: Flat) -> Tensor:
         """The mean gradients of the own shards of a flat."""
-        return self.sums.of(flat)
+        return self.sums.total_of(flat)
 
     def params(self) -> Iterator[tuple[SlotKey, Tensor]]:
         """All parameters, flat by flat in the order of their slots."""
