@@ -15,7 +15,9 @@ from sharded_radam.arguments import Arguments, Options
 from sharded_radam.arrivals import Arrivals
 from sharded_radam.buckets.flat import Flat
 from sharded_radam.buckets.memory import check_device, check_memory, is_dense
-from sharded_radam.gradients.sharded import ShardedGradients, check_not_wrapped
+from sharded_radam.gradients.hooks import check_not_wrapped
+from sharded_radam.gradients.measures import Whole
+from sharded_radam.gradients.sharded import ShardedGradients
 from sharded_radam.plan import FlatPlan, ShardPlan, make_plan
 from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, find_twice, has_members
 from sharded_radam.state.dicts import Entry, read_entry
@@ -70,6 +72,10 @@ class Shards:
         """Of all parameters that are laid out."""
         flats = self.flats + self.parked
         return {p: spec.name for flat in flats for p, spec in zip(flat.params, flat.specs, strict=True)}
+
+    def all_gradients(self, param_groups: Sequence[Mapping[str, Any]]) -> Whole | ShardedGradients:
+        """To be measured or changed, wherever they are."""
+        return Whole(param_groups) if self.gradients is None else self.gradients
 
     def wait(self) -> None:
         """Return when all parameters have arrived."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sharded_radam.optimizer import ShardedRAdam, check_norm
+from sharded_radam.gradients.measures import check_norm
+from sharded_radam.optimizer import ShardedRAdam
 
 
 @torch.no_grad()

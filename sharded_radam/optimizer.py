@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -20,13 +19,13 @@ from torch.optim.optimizer import ParamsT
 
 from sharded_radam.arguments import Arguments, Options  # noqa: F401  (pickled optimizers name Options here)
 from sharded_radam.arrivals import Arrivals
-from sharded_radam.buckets.memory import dim_order, flatten, unflatten
 from sharded_radam.build import Shards, build, check_is_whole, find_groupless, follow_groups, lay_out, rebuild
 from sharded_radam.checkpoint.load import load_checkpoint
 from sharded_radam.checkpoint.optimizer import Entries, OptimizerPart
 from sharded_radam.checkpoint.report import LoadReport
 from sharded_radam.checkpoint.save import Save, SaveReport
 from sharded_radam.compat import check_graph_capture
+from sharded_radam.gradients import measures
 from sharded_radam.preflight import broadcast_
 from sharded_radam.state import consolidate, load
 from sharded_radam.state.edits import take_back
@@ -37,21 +36,6 @@ from sharded_radam.transport import Alone, Choice, Transport
 from sharded_radam.uneven_inputs import ShadowSteps, share_gradients
 
 logger = logging.getLogger("sharded_radam")
-
-
-def check_norm(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
-    """Raise RuntimeError, where that is asked for, if a norm of gradients is inf or nan."""
-    if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(
-            f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped: pass "
-            "error_if_nonfinite=False to go on regardless"
-        )
-
-
-def _clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients (modified in place) whose norm this is, as torch does."""
-    if grads:
-        torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
 
 
 class ShardedRAdam(RAdam, Joinable):
@@ -260,7 +244,7 @@ class ShardedRAdam(RAdam, Joinable):
             ``found_inf``.
         """
         assert self._shards.gradients is not None, "only with shard_gradients=True"
-        self._shards.gradients.unscale_(inv_scale, found_inf)
+        measures.unscale_(self._shards.gradients, inv_scale, found_inf)
         return found_inf
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -276,13 +260,8 @@ class ShardedRAdam(RAdam, Joinable):
         Returns:
             0-d, equal on all ranks.
         """
-        if not norm_type > 0:
-            raise ValueError(f"norm_type={norm_type}: expected a number above 0, or inf")
-        if self._shards.gradients is not None:
-            return self._shards.gradients.norm(float(norm_type))
-        return nn.utils.get_total_norm(self._local_grads(), norm_type)
+        return measures.norm(self._shards.all_gradients(self.param_groups), norm_type)
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Collective: scale all gradients so that their norm is ``max_norm`` at most, as ``torch.nn.utils`` does.
 
@@ -293,38 +272,25 @@ class ShardedRAdam(RAdam, Joinable):
             RuntimeError: on all ranks, with ``error_if_nonfinite``, if the norm is inf or nan.
         """
         norm = self.grad_norm(norm_type)
-        check_norm(norm, norm_type, error_if_nonfinite)
-        _clip_(self._own_grads(), max_norm, norm)
+        measures.check_norm(norm, norm_type, error_if_nonfinite)
+        measures.clip_to_norm_(self._shards.all_gradients(self.param_groups), max_norm, norm)
         return norm
 
-    @torch.no_grad()
     def clip_grads_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         """Scale all gradients so that their norm, which is ``total_norm`` now, is ``max_norm`` at most.
 
         As ``torch.nn.utils.clip_grads_with_norm_``. Collective with ``shard_gradients``.
         """
-        self._reduce_gradients()
-        _clip_(self._own_grads(), max_norm, total_norm)
+        gradients = self._shards.all_gradients(self.param_groups)
+        gradients.finish()
+        measures.clip_to_norm_(gradients, max_norm, total_norm)
 
-    @torch.no_grad()
     def clip_grad_value_(self, clip_value: float) -> None:
         """Limit each element of the gradients to ``-clip_value`` to ``clip_value``, as ``torch.nn.utils`` does.
 
         Collective with ``shard_gradients``.
         """
-        self._reduce_gradients()
-        grads = self._own_grads()
-        if grads:
-            torch._foreach_clamp_min_(grads, -clip_value)
-            torch._foreach_clamp_max_(grads, clip_value)
-
-    def _reduce_gradients(self) -> None:
-        if self._shards.gradients is not None:
-            self._shards.gradients.finish()
-
-    def _own_grads(self) -> list[Tensor]:
-        """Real tensors with all elements of gradients, reduced before, that this rank is to change."""
-        return self._local_grads() if self._shards.gradients is None else self._shards.gradients.own()
+        measures.clip_values_(self._shards.all_gradients(self.param_groups), clip_value)
 
     def full_grad(self, param: Tensor) -> Tensor | None:
         """The whole mean gradient of a parameter. Collective with ``shard_gradients``.
@@ -337,7 +303,6 @@ class ShardedRAdam(RAdam, Joinable):
         """
         return param.grad if self._shards.gradients is None else self._shards.gradients.whole(param)
 
-    @torch.no_grad()
     def map_grads_(self, fn: Callable[[Tensor, range, Tensor], Tensor | None]) -> None:
         """Change gradients between backward and step: masks, noise, scales for each layer.
 
@@ -349,26 +314,7 @@ class ShardedRAdam(RAdam, Joinable):
                 and these elements of the gradient, 1-D; fp32 for half precision with ``shard_gradients``. It changes
                 them in place, or returns new ones.
         """
-        for param, elements, grad in self._grad_pieces():
-            changed = fn(param, elements, grad)
-            if changed is not None:
-                grad.copy_(changed)
-
-    def _grad_pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
-        self._reduce_gradients()
-        if self._shards.gradients is not None:
-            yield from self._shards.gradients.pieces()
-            return
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    flat = flatten(param.grad, dim_order(param))
-                    yield param, range(flat.numel()), flat
-                    if flat.data_ptr() != param.grad.data_ptr():
-                        param.grad.copy_(unflatten(flat, param.shape, dim_order(param)))
-
-    def _local_grads(self) -> list[Tensor]:
-        return [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        measures.map_(self._shards.all_gradients(self.param_groups), fn)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``, the shards' gradients included."""

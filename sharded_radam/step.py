@@ -17,6 +17,7 @@ from sharded_radam.buckets.counters import Cohort
 from sharded_radam.buckets.flat import Flat, ShardPiece
 from sharded_radam.buckets.memory import flat_gradient
 from sharded_radam.build import Shards, follow_groups
+from sharded_radam.gradients.measures import divide_
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state.edits import find_edits, group_of, take_back
@@ -44,17 +45,9 @@ def heed_scaler(optimizer: RAdam, shards: Shards) -> bool:
         if shards.gradients is not None:
             shards.gradients.stepped()
         return False
-    if scale is not None and (grads := _own_grads(optimizer, shards)):
-        torch._foreach_mul_(grads, scale.double().reciprocal().float())
+    if scale is not None:
+        divide_(shards.all_gradients(optimizer.param_groups), scale)
     return True
-
-
-def _own_grads(optimizer: RAdam, shards: Shards) -> list[Tensor]:
-    """Collective with sharded gradients, which are reduced: those that this rank is to change."""
-    if shards.gradients is not None:
-        shards.gradients.finish()
-        return shards.gradients.own()
-    return [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
 
 
 @torch.no_grad()

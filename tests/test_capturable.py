@@ -116,7 +116,7 @@ def fake_cuda_backward(steps: int, **flags: Any) -> ShardedRAdam:
                     params[slot].grad = torch.zeros_like(params[slot])
                     gradients.arrive((0, slot))
             gradients.settle()
-            assert step in (0, 3) or all(shard.sending is None for shard in gradients._shards[0])
+            assert step in (0, 3) or all(shard.sending is None for shard in gradients.places.shards[0])
             assert optimizer.clip_grad_norm_(1.0).device.type == "cuda"
             optimizer.step()
     return optimizer
@@ -127,4 +127,4 @@ def test_sharded_gradients_on_cuda_never_wait_for_the_device(world_size: int) ->
     gradients = optimizer._shards.gradients
     assert gradients is not None
     assert optimizer._shards.transport.name == ("native" if world_size > 1 else "none")
-    assert {total.device.type for total in gradients.sums} == {"cuda"}
+    assert {total.device.type for total in gradients.sums.totals} == {"cuda"}

@@ -54,7 +54,7 @@ def check_norms(rank: int, world_size: int) -> None:
         assert ours.sharded.grad_norm() == 0
         ours.backward(1)
         if rank == 0:
-            next(iter(ours.sharded._shards.gradients.sums)).narrow(0, 0, 1).fill_(float("nan"))  # type: ignore[union-attr]
+            ours.sharded._shards.gradients.sums.totals[0].narrow(0, 0, 1).fill_(float("nan"))  # type: ignore[union-attr]
         with pytest.raises(RuntimeError, match=r"the norm of order 2\.0 of the gradients is nan"):
             ours.sharded.clip_grad_norm_(1.0, error_if_nonfinite=True)
     stage1 = ShardedRAdam(Net().parameters())
@@ -140,10 +140,10 @@ def check_bytes(rank: int, world_size: int) -> None:
         gradients = optimizer._shards.gradients
         assert gradients is not None
         (flat,) = optimizer._shards.flats
-        assert [total.nbytes for total in gradients.sums] == [4 * flat.plan.local_numel]
+        assert [total.nbytes for total in gradients.sums.totals] == [4 * flat.plan.local_numel]
         assert 4 * flat.plan.local_numel < 4 * numel / world_size * 1.05
         bucket, held, most = 4 * flat.plan.bucket_numel, Counter[str](), [0]
-        assert reducer_bytes(gradients._reducer, rank) <= 4 * bucket
+        assert reducer_bytes(gradients.sums.reducer, rank) <= 4 * bucket
 
         def count(param: Tensor, held: Counter[str] = held, most: list[int] = most, model: nn.Module = model) -> None:
             most[0] = max(most[0], sum(map(held_bytes, model.parameters())))
@@ -223,7 +223,7 @@ def check_counts(rank: int, world_size: int) -> None:
                 # once more for agreeing on the order, after the first backward
                 assert gathers["all_gather"] <= buckets + (2 if step == 0 else 0)
                 if step:
-                    assert in_backward == len(sent) == len(gradients._schedule.launches)
+                    assert in_backward == len(sent) == len(gradients.rounds.schedule.launches)
                     assert set(range(buckets)) == {launch.bucket for launch in sent}
                     come = {2 * layer + part: index for index, layer in enumerate(reversed(order)) for part in (0, 1)}
                     ready = [max(come[slot] for slot in launch.slots) for launch in sent]
@@ -339,6 +339,11 @@ def check_wrapped(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match=message):
         other.add_param_group({"params": wrapped.parameters()})
     assert len(other.param_groups) == 1
+    del optimizer, other
+    gc.collect()
+    late = DistributedDataParallel(nn.Linear(3, 3))  # nobody sees it
+    with pytest.raises(ValueError, match=message):
+        ShardedRAdam(late.parameters(), shard_gradients=True)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sharded_radam.buckets.counters import Counters
 from sharded_radam.buckets.memory import as_real, dim_order, flatten, is_dense, num_users, unflatten, window, zeros
 from sharded_radam.buckets.range_tensor import RangeTensor
+from sharded_radam.buckets.registrations import HookWhileUsed
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import follow_
@@ -387,9 +387,6 @@ def _moved(name: str, what: str) -> str:
     )
 
 
-_flats: weakref.WeakSet[Flat] = weakref.WeakSet()
-
-
 def _on_registration(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
     old = module._parameters.get(name)
     for flat in _flats:
@@ -401,4 +398,4 @@ def _on_registration(module: torch.nn.Module, name: str, param: torch.nn.Paramet
 
 # The only sign torch gives of `load_state_dict(assign=True)` or `module.weight = Parameter(...)`: the old Parameter,
 # which is all that an optimizer sees, stays what it was.
-register_module_parameter_registration_hook(_on_registration)
+_flats: HookWhileUsed[Flat] = HookWhileUsed(lambda: register_module_parameter_registration_hook(_on_registration))

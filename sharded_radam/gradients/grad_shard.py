@@ -94,6 +94,10 @@ class GradShard(torch.Tensor):
         flat = flat_gradient(grad, self.spec)
         self.sending = flat if self.sending is None else self.sending + flat
 
+    def forget(self) -> None:
+        """Drop local gradients that were not sent."""
+        self.sending = self.fresh = None
+
     def _add(self, grad: Tensor, in_place: bool) -> GradShard:
         """What backward does to a gradient that was kept."""
         target = self if in_place else GradShard(self, self.spec, self.pieces, self.owner)
@@ -146,7 +150,7 @@ class GradShard(torch.Tensor):
         if packet is aten.zero_:
             if owner is not None:
                 owner.end_rounds()
-            self.sending = self.fresh = None
+            self.forget()
         elif owner is not None:
             owner.reduce_once()
         return self._change(func, args, options)

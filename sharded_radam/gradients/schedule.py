@@ -27,7 +27,7 @@ from sharded_radam.plan import FlatPlan
 MAX_WAITING = 2.0
 """Buckets' worth of gradients."""
 
-Slots = tuple[int, int]
+SlotKey = tuple[int, int]
 """A flat and a slot in it."""
 
 
@@ -53,11 +53,11 @@ def members(plan: FlatPlan, bucket: int) -> dict[int, int]:
     return {slot: stop - start for slot, start, stop in plan.overlaps(*plan.bucket_range(bucket))}
 
 
-def make_schedule(plans: Sequence[FlatPlan], order: Sequence[Slots]) -> Schedule:
+def make_schedule(plans: Sequence[FlatPlan], order: Sequence[SlotKey]) -> Schedule:
     """The schedule for slots that arrive in this order; all other slots are in the tail."""
     expected = set(order)
     missing: dict[tuple[int, int], set[int]] = {}
-    buckets_of: dict[Slots, list[tuple[int, float]]] = defaultdict(list)
+    buckets_of: dict[SlotKey, list[tuple[int, float]]] = defaultdict(list)
     tail = []
     for flat, plan in enumerate(plans):
         for bucket in range(plan.num_buckets):
@@ -83,54 +83,3 @@ def make_schedule(plans: Sequence[FlatPlan], order: Sequence[Slots]) -> Schedule
         while sum(sum(shares.values()) for shares in waiting.values()) > MAX_WAITING:
             launch(*max(waiting, key=lambda key: sum(waiting[key].values())))
     return Schedule(tuple(launches), tuple(tail))
-
-
-class Progress:
-    """Where backward passes are in the launches of a schedule."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.arrived: dict[Slots, None] = {}  # in their order
-        self._launches = schedule.launches
-        self._numbers: dict[Slots, list[int]] = defaultdict(list)
-        for number, launch in enumerate(schedule.launches):
-            for slot in launch.slots:
-                self._numbers[launch.flat, slot].append(number)
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.arrived.clear()
-        self._next = 0
-        self._missing = [len(launch.slots) for launch in self._launches]
-        self._unsent = {slots: len(numbers) for slots, numbers in self._numbers.items()}
-
-    def expects(self, slots: Slots) -> bool:
-        """Whether a slot is in any launch."""
-        return slots in self._numbers
-
-    def arrive(self, slots: Slots) -> None:
-        """Note an expected gradient."""
-        self.arrived[slots] = None
-        for number in self._numbers[slots]:
-            self._missing[number] -= 1
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no launch is left."""
-        return self._next == len(self._launches)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether all gradients of the next launch have come."""
-        return not self.is_over and self._missing[self._next] == 0
-
-    def take(self) -> tuple[Launch, list[int]]:
-        """The next launch, and those of its slots that no later one needs."""
-        launch = self._launches[self._next]
-        self._next += 1
-        done = []
-        for slot in launch.slots:
-            self._unsent[launch.flat, slot] -= 1
-            if self._unsent[launch.flat, slot] == 0:
-                done.append(slot)
-        return launch, done

@@ -1,0 +1,169 @@
+"""Local gradients into buckets, and from these, reduced, into the sums: the mean gradients of the own shards."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharded_radam.buckets.flat import Flat
+from sharded_radam.buckets.memory import zeros
+from sharded_radam.gradients.schedule import Launch, SlotKey
+from sharded_radam.transport import Reducer, Transport
+
+
+class _Part(NamedTuple):
+    """Slot ∩ bucket: ``numel`` real numbers of a parameter from ``start`` on, at ``offset`` in the bucket."""
+
+    slot: int
+    start: int
+    numel: int
+    offset: int
+
+
+class Sums:
+    """The mean gradients of the own shards of some flats, and which parameters have one in there.
+
+    ``totals[i]`` is 1-D with the layout of ``flats[i].state``: real numbers, fp32 for half precision. Padding in it is
+    undefined, and so are elements of parameters that are not in there.
+
+    Args:
+        flats: of the optimizer.
+        transport: of their ranks.
+    """
+
+    def __init__(self, flats: Sequence[Flat], transport: Transport) -> None:
+        self.flats = list(flats)
+        self.totals: list[Tensor] = []
+        for flat in flats:
+            dtype = flat.state["exp_avg"].dtype.to_real()
+            self.totals.append(zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device))
+        self.reducer: Reducer | None = None
+        self._transport = transport
+        self._parts = {
+            (index, bucket): _parts_of(flat, bucket)
+            for index, flat in enumerate(flats)
+            for bucket in range(flat.plan.num_buckets)
+        }
+        # Slots whose elements in a bucket's sums are not zero, and those of them that are still meant.
+        self._filled: dict[tuple[int, int], set[int]] = defaultdict(set)
+        self._valid: dict[tuple[int, int], set[int]] = defaultdict(set)
+
+    def make_reducer(self) -> Reducer:
+        """Collective the first time: the reducer for the buckets of all flats."""
+        self.reducer = self.reducer or self._transport.reducer(self._sizes())
+        return self.reducer
+
+    def _sizes(self) -> list[tuple[int, torch.dtype]]:
+        return [(flat.reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()) for flat in self.flats]
+
+    def shard_bytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(total.nbytes for total in self.totals)
+
+    def slot_bytes(self) -> int:
+        """Bytes of the buckets that are filled or under way; not collective, so 0 while there is no reducer."""
+        return self.reducer.num_slots * self.reducer.slot_bytes(self._sizes()) if self.reducer else 0
+
+    def total_of(self, flat: Flat) -> Tensor:
+        """The sums of a flat."""
+        return next(total for total, each in zip(self.totals, self.flats, strict=True) if each is flat)
+
+    def elements(self, index: int) -> Tensor:
+        """The sums of a flat as elements of its parameters, which may be complex."""
+        total = self.totals[index]
+        return torch.view_as_complex(total.view(-1, 2)) if self.flats[index].buffer.is_complex() else total
+
+    def pieces(self, index: int) -> list[list[tuple[int, Tensor]]]:
+        """For each slot of a flat: first element in memory order, and 1-D view, of its pieces."""
+        flat, elements = self.flats[index], self.elements(index)
+        pieces: list[list[tuple[int, Tensor]]] = [[] for _ in flat.params]
+        for piece in (own.piece for in_bucket in flat.pieces for own in in_bucket):
+            pieces[piece.slot].append((piece.start, elements.narrow(0, piece.local_start, piece.numel)))
+        return pieces
+
+    # Which parameters are in there
+
+    def note(self, key: SlotKey) -> None:
+        """Know that the elements of a parameter are in there, which somebody has put there."""
+        for bucket in self._buckets_of(key):
+            self._valid[bucket].add(key[1])
+            self._filled[bucket].add(key[1])
+
+    def drop(self, key: SlotKey) -> None:
+        """Know that the elements of a parameter are no longer meant."""
+        for bucket in self._buckets_of(key):
+            self._valid[bucket].discard(key[1])
+
+    def drop_all(self) -> None:
+        """Know that no elements are meant any more."""
+        self._valid.clear()
+
+    def _buckets_of(self, key: SlotKey) -> Iterator[tuple[int, int]]:
+        return ((key[0], bucket) for bucket in self.flats[key[0]].plan.buckets_of(key[1]))
+
+    # Reducing
+
+    def send(self, launch: Launch, grads: Mapping[int, Tensor], mark: int) -> None:
+        """Pack gradients into the bucket of a launch, zeros in the place of others, and begin to reduce it.
+
+        Args:
+            launch: the bucket, and the slots that it is for.
+            grads: 1-D, of slots that have one.
+            mark: 0 to 255, equal on all ranks.
+        """
+        flat, where = self.flats[launch.flat], (launch.flat, launch.bucket)
+        first, stop = flat.plan.bucket_range(launch.bucket)
+        with self._transport.meter.phase("reduce_scatter"):
+            reducer = self.make_reducer()
+            self._erase_dropped(where)
+            bucket = reducer.open(flat.reals * (stop - first), flat.buffer.dtype.to_real())
+            targets, sources, empty = [], [], []
+            for part in self._parts[where]:
+                target = bucket.narrow(0, part.offset, part.numel)
+                if part.slot in grads:
+                    targets.append(target)
+                    sources.append(grads[part.slot].narrow(0, part.start, part.numel))
+                else:
+                    empty.append(target)
+            reducer.fill(targets, sources)
+            if empty:
+                torch._foreach_zero_(empty)
+            local_start, local_stop = (flat.reals * edge for edge in flat.plan.local_range(launch.bucket))
+            out = self.totals[launch.flat].narrow(0, local_start, local_stop - local_start)
+            self._transport.count("reduce_scatter", bucket)
+            reducer.close(out, bool(self._valid[where]), mark)
+        self._valid[where] |= launch.slots
+        self._filled[where] = set(self._valid[where])
+
+    def _erase_dropped(self, where: tuple[int, int]) -> None:
+        """Make zeros of gradients that were dropped, where others are in the same bucket, to which will be added."""
+        flat, dropped = self.flats[where[0]], self._filled[where] - self._valid[where]
+        if self._valid[where] and dropped:
+            self.finish()  # nothing may still be on its way to there
+            for piece in (own.piece for own in flat.pieces[where[1]]):
+                if piece.slot in dropped:
+                    start, numel = flat.reals * piece.local_start, flat.reals * piece.numel
+                    self.totals[where[0]].narrow(0, start, numel).zero_()
+
+    def finish(self) -> None:
+        """Wait for all that is under way."""
+        if self.reducer is not None:
+            self.reducer.finish()
+
+    def restart(self) -> None:
+        """Forget what is under way, on all ranks."""
+        if self.reducer is not None:
+            self.reducer.restart()
+
+
+def _parts_of(flat: Flat, bucket: int) -> list[_Part]:
+    plan, reals = flat.plan, flat.reals
+    first, end = plan.bucket_range(bucket)
+    return [
+        _Part(slot, reals * (start - plan.slots[slot].start), reals * (stop - start), reals * (start - first))
+        for slot, start, stop in plan.overlaps(first, end)
+    ]

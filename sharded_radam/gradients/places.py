@@ -1,0 +1,149 @@
+"""``param.grad`` where gradients are sharded: local gradients are taken out of it, and shards are left there.
+
+It says whether there is a gradient, as everywhere in torch. While backward runs it is the local gradient. When all of
+its hooks have run, it is taken, and a :class:`GradShard` is left in its place. If that is gone later, somebody has
+dropped the gradient; if another tensor is there, somebody has assigned it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor
+
+from sharded_radam.gradients.grad_shard import GradShard, Owner
+from sharded_radam.gradients.measures import FiniteCheck
+from sharded_radam.gradients.packing import Sums
+from sharded_radam.gradients.schedule import Launch, SlotKey
+
+
+class Places:
+    """``.grad`` of all parameters of some flats.
+
+    Args:
+        sums: where gradients go.
+        owner: reduces them.
+        finite: looks at them before; None if nobody does.
+    """
+
+    def __init__(self, sums: Sums, owner: weakref.ref[Owner], finite: FiniteCheck | None) -> None:
+        self._sums = sums
+        self._finite = finite
+        self.shards = [
+            [
+                GradShard(param, spec, pieces, owner)
+                for param, spec, pieces in zip(flat.params, flat.specs, sums.pieces(index), strict=True)
+            ]
+            for index, flat in enumerate(sums.flats)
+        ]
+        # Parameters that had a gradient on some rank when all was reduced last.
+        self.has_grad: set[SlotKey] = set()
+        # Parameters in whose ``.grad`` the shard was left.
+        self._placed: set[SlotKey] = set()
+
+    def params(self) -> Iterator[tuple[SlotKey, Tensor]]:
+        """All parameters, flat by flat in the order of their slots."""
+        for index, flat in enumerate(self._sums.flats):
+            for slot, param in enumerate(flat.params):
+                yield (index, slot), param
+
+    def param(self, key: SlotKey) -> Tensor:
+        """The parameter of a slot."""
+        return self._sums.flats[key[0]].params[key[1]]
+
+    def shard(self, key: SlotKey) -> GradShard:
+        """The shard of a slot's gradient."""
+        return self.shards[key[0]][key[1]]
+
+    # Local gradients
+
+    def take(self, key: SlotKey) -> None:
+        """Move the local gradient out of ``.grad``, where its shard stays."""
+        shard, grad = self.shard(key), self.param(key).grad
+        local = grad.fresh if isinstance(grad, GradShard) else grad
+        if grad is None:  # dropped by a hook
+            shard.forget()
+        if local is not None:
+            shard.send(self._checked(local, key))
+            shard.fresh = None
+            self._place(key)
+
+    def _place(self, key: SlotKey) -> None:
+        self.param(key).grad = self.shard(key)
+        self._placed.add(key)
+
+    def _checked(self, grad: Tensor, key: SlotKey) -> Tensor:
+        name = self.shard(key).spec.name
+        if grad.is_sparse:
+            raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{name}')")
+        if self._finite is not None:
+            self._finite.look(grad, name)
+        return grad
+
+    def to_send(self, launch: Launch) -> dict[int, Tensor]:
+        """The local gradients of a launch that were taken, and not dropped since, by slot."""
+        local = {slot: self.shard((launch.flat, slot)).sending for slot in launch.slots}
+        present = {slot for slot in launch.slots if self.param((launch.flat, slot)).grad is not None}
+        return {slot: grad for slot, grad in local.items() if grad is not None and slot in present}
+
+    def release(self, flat: int, slots: Iterable[int]) -> None:
+        """Let local gradients go that were sent."""
+        for slot in slots:
+            self.shards[flat][slot].sending = None
+
+    # What stands in .grad
+
+    def set_present(self, flags: Sequence[bool]) -> None:
+        """Know which parameters have a gradient on some rank, in the order of ``params``."""
+        self.has_grad = {key for (key, _), flag in zip(self.params(), flags, strict=True) if flag}
+
+    def place_others(self) -> None:
+        """Leave the shards of gradients that only other ranks have."""
+        for key in self.has_grad:
+            if self.param(key).grad is None:
+                self._place(key)
+
+    def is_present(self, key: SlotKey) -> bool:
+        """Whether there is a gradient."""
+        return key in self.has_grad and self.param(key).grad is not None
+
+    def adopt(self, key: SlotKey) -> None:
+        """Have a gradient that somebody has put into the sums."""
+        self._place(key)
+        self.has_grad.add(key)
+        self._sums.note(key)
+
+    def follow_assigned(self) -> None:
+        """Take what was assigned to ``.grad`` after backward, as it is: as under DDP, all ranks assign the same."""
+        for key, param in self.params():
+            shard = self.shard(key)
+            if param.grad is not None and param.grad is not shard:
+                shard.assign(self._checked(param.grad, key))
+                self.adopt(key)
+
+    def follow_dropped(self) -> None:
+        """Forget gradients that somebody dropped since; where all that this rank knows of are, those of others too."""
+        lost = [key for key in self._placed if not isinstance(self.param(key).grad, GradShard)]
+        if lost and len(lost) == len(self._placed):
+            self._sums.drop_all()
+        for key in lost:
+            self.shard(key).forget()
+            self._sums.drop(key)
+        self._placed.difference_update(lost)
+
+    def drop_all(self) -> None:
+        """Forget all gradients, which are about to be dropped or zeroed."""
+        for shard in (shard for shards in self.shards for shard in shards):
+            shard.forget()
+        self._placed.clear()
+        self._sums.drop_all()
+        if self._finite is not None:
+            self._finite.forget()
+
+    def pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
+        """Parameter, elements in memory order, and 1-D view of the gradient, of all own pieces that have one."""
+        for key, param in self.params():
+            if self.is_present(key):
+                for start, piece in self.shard(key).pieces:
+                    yield param, range(start, start + piece.numel()), piece
