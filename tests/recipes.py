@@ -224,6 +224,63 @@ def lightning_trainer() -> None:
     check_file(content["optimizer_states"][0], model, STEPS)
 
 
+def lightning_finetuning() -> None:
+    """BaseFinetuning thaws the first layer in the second epoch, in a group of its own, also in what goes on from there.
+
+    All ranks have the same batches: DistributedDataParallel averages nothing of what is frozen when it is built.
+    """
+    import lightning
+    from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+
+    class Finetuning(BaseFinetuning):  # type: ignore[misc]
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.02)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self, build: Callable[..., torch.optim.Optimizer]) -> None:
+            super().__init__()
+            self.net, self.build = network(), build
+
+        def training_step(self, batch: Tensor, _index: int) -> Tensor:
+            return self.net(batch).square().mean()  # type: ignore[no-any-return]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.build([p for p in self.parameters() if p.requires_grad], lr=0.01, foreach=True)
+
+    data = list(torch.randn(HALF, 5, 7, generator=torch.Generator().manual_seed(1)))
+    loader: Any = torch.utils.data.DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+
+    def train(build: Any, folder: str, epochs: int, checkpoint: str | None = None) -> nn.Module:
+        module = Module(build)
+        trainer = lightning.Trainer(
+            strategy="ddp_find_unused_parameters_true",
+            accelerator="cpu",
+            devices=int(os.environ["WORLD_SIZE"]),
+            max_epochs=epochs,
+            callbacks=[Finetuning(), ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [2, 2][: min(epochs, 2)]
+        return module.net
+
+    for saved_after in (1, 2):
+        models = []
+        for build in (torch.optim.RAdam, ShardedRAdam):
+            folder = f"{build.__name__}{saved_after}"
+            train(build, folder, saved_after)
+            models.append(train(build, folder, 3, f"{folder}/epoch={saved_after - 1}.ckpt"))
+        check_equal(models[1], models[0])
+        dist.barrier()
+
+
 def fabric() -> None:
     code = recipe("Lightning: Fabric")
     options = {"accelerator": "cpu", "devices": int(os.environ["WORLD_SIZE"])}
@@ -280,6 +337,7 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "trainer-shards": lambda: trainer(shards=True),
     "accelerate": accelerate,
     "lightning": lightning_trainer,
+    "lightning-finetuning": lightning_finetuning,
     "fabric": fabric,
     "checkpoint": checkpoint_loop,
 }

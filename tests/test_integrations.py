@@ -15,6 +15,7 @@ LIBRARIES = {
     "trainer-shards": "transformers",
     "accelerate": "accelerate",
     "lightning": "lightning",
+    "lightning-finetuning": "lightning",
     "fabric": "lightning",
     "checkpoint": "torch",
 }
