@@ -237,6 +237,8 @@ class Story:
     def fail(self, number: int) -> None:
         """A parameter in two groups is an error; nothing has changed, and without it all goes on."""
         side = self.sides[0]
+        if side.hooks:  # they have changed the gradients by then, as they would RAdam's
+            return
         if len(side.groups) > 1 and side.groups[0]["params"]:
             before = [param.detach().clone() for param in side.params]
             side.groups[1]["params"].append(side.groups[0]["params"][0])
