@@ -53,9 +53,10 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a user saves, or loads into: objects, or several in dicts and lists; nothing is checked yet.
+    """What a user saves, or loads into; nothing of it is checked yet.
 
-    ``data`` is this rank's position in its data, or what has it.
+    A model, an optimizer and a scheduler are one object, or several in dicts and lists. ``data`` is this rank's
+    position in its data, or what has it.
     """
 
     model: Any

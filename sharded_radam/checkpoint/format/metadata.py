@@ -179,45 +179,45 @@ def _check_extents(key: str, tensor: SavedTensor) -> None:
         last = extent
 
 
-def _checked(found: Any) -> _Size:
-    if type(found) is not _Size:
-        raise TypeError(f"a {type(found).__name__} in the place of a torch.Size")
-    return found
+def _checked(value: Any) -> _Size:
+    if type(value) is not _Size:
+        raise TypeError(f"a {type(value).__name__} in the place of a torch.Size")
+    return value
 
 
-def _is(found: Any, name: str) -> bool:
-    return type(found) is Instance and found.name == name
+def _is(value: Any, name: str) -> bool:
+    return type(value) is Instance and value.name == name
 
 
-def _fields(found: Any, name: str) -> dict[str, Any]:
+def _fields(value: Any, name: str) -> dict[str, Any]:
     """The attributes of an instance."""
-    if not _is(found, name) or type(found.state) is not Pairs:
-        what = found.name if type(found) is Instance else type(found).__name__
+    if not _is(value, name) or type(value.state) is not Pairs:
+        what = value.name if type(value) is Instance else type(value).__name__
         raise TypeError(f"a {what} in the place of a {name}")
-    if len(found.state) > _MOST_FIELDS:
-        raise TypeError(f"a {name} of {len(found.state)} attributes")
-    for field, _ in found.state:
+    if len(value.state) > _MOST_FIELDS:
+        raise TypeError(f"a {name} of {len(value.state)} attributes")
+    for field, _ in value.state:
         if type(field) is not str:  # others may take forever to hash
             raise TypeError(f"a {type(field).__name__} in the place of an attribute")
-    return dict(found.state)
+    return dict(value.state)
 
 
-def _pairs(found: Any) -> Pairs:
-    if type(found) is not Pairs:
-        raise TypeError(f"a {type(found).__name__} in the place of a dict")
-    return found
+def _pairs(value: Any) -> Pairs:
+    if type(value) is not Pairs:
+        raise TypeError(f"a {type(value).__name__} in the place of a dict")
+    return value
 
 
-def _list(found: Any) -> list[Any]:
-    if type(found) is not list:
-        raise TypeError(f"a {type(found).__name__} in the place of a list")
-    return found
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"a {type(value).__name__} in the place of a list")
+    return value
 
 
-def _text_of(found: Any) -> str:
-    if type(found) is not str:
-        raise TypeError(f"a {type(found).__name__} in the place of a text")
-    return found
+def _text_of(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"a {type(value).__name__} in the place of a text")
+    return value
 
 
 def _path(path: Any) -> tuple[str | int, ...]:
