@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,14 @@ _TAG = 0x5AD0
 """Point-to-point messages of ours carry tags from here on, apart from a user's own, which are mostly small."""
 
 
+_numbers = itertools.count()
+_unfinished: dict[int, tuple[dist.Work | None, tuple[Tensor, ...]]] = {}
+"""Messages that nobody has waited for. Gloo closes its connections if one of them is freed before it has travelled, as
+where an optimizer is dropped in the middle of a backward pass."""
+
+
 class Handle:
-    """Communication under way; it owns the request and the tensors read and written.
+    """Communication under way; it owns the request and the tensors read and written, until somebody has waited.
 
     Args:
         work: the request.
@@ -38,6 +45,8 @@ class Handle:
         self._work = work
         self._tensors = tensors
         self._lost = lost
+        self._number = next(_numbers)
+        _unfinished[self._number] = work, tensors
 
     def wait(self, *streams: Any) -> None:
         """Return when the tensors may be used (on CUDA: by kernels launched from now on, here or on ``streams``)."""
@@ -48,17 +57,22 @@ class Handle:
                     with torch.cuda.stream(stream):
                         self._work.wait()
             except RuntimeError as error:
+                _unfinished.pop(self._number, None)
                 if self._lost is not None:
                     self._lost(error)
                 raise
-        self._work, self._tensors = None, ()
+        self._forget()
 
     def end(self, seconds: float) -> None:
         """Return when it is done, or has failed, or after some seconds: nobody uses the tensors any more."""
         if self._work is not None:
             with suppress(RuntimeError):
                 self._work.wait(timedelta(seconds=seconds))
+        self._forget()
+
+    def _forget(self) -> None:
         self._work, self._tensors = None, ()
+        _unfinished.pop(self._number, None)
 
 
 class Transport(ABC):
