@@ -234,7 +234,7 @@ def test_the_other_blocks_of_launching_are_recipes() -> None:
     parts = re.split(r"^##+ ", LAUNCH.read_text(), flags=re.MULTILINE)
     with_code = [part.partition("\n")[0] for part in parts if "```python" in part and "SIGTERM" not in part]
     programs = (ROOT / "tests" / "recipes.py").read_text()
-    assert len(with_code) == len(LIBRARIES) - 1  # Trainer has two
+    assert len(with_code) == len(LIBRARIES) - 2  # Trainer and Lightning have two
     assert all(f'recipe("{heading}")' in programs for heading in with_code)
 
 
