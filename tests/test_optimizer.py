@@ -227,8 +227,8 @@ def test_tied_parameters_count_once() -> None:
     with pytest.warns(UserWarning, match="duplicate parameters"):
         optimizer = ShardedRAdam([tied, tied, other])
     tied.grad = other.grad = torch.ones(3)
-    optimizer.step()
-    assert torch.equal(tied, other)
+    with pytest.raises(ValueError, match=r"parameter '0\.1' is listed twice in param group 0"):
+        optimizer.step()
     assert optimizer.state_dict()["param_groups"][0]["params"] == [0, 0, 2]
     optimizer.load_state_dict(optimizer.state_dict())
 
