@@ -89,12 +89,13 @@ class Story:
             group["params"].append(side.new(number % 5 + 1, 3))
 
     def remove(self, number: int) -> None:
-        if len(self.params(self.sides[0])) > 1:
+        """One or two, so that some are left."""
+        if len(self.params(self.sides[0])) > 2:
             self.taken_out = True
             for side in self.sides:
+                gone = {id(self.chosen(side, number)), id(self.chosen(side, number // 3))}
                 for group in side.groups:
-                    chosen = self.chosen(side, number)
-                    group["params"] = [param for param in group["params"] if param is not chosen]
+                    group["params"] = [param for param in group["params"] if id(param) not in gone]
 
     def put_back(self, number: int) -> None:
         for side in self.sides:
