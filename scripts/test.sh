@@ -3,7 +3,7 @@
 # which variables choose another Python, torch or environment. Arguments go to pytest:
 #   scripts/test.sh tests/test_plan.py -k drawing
 #   scripts/test.sh --quick       without ruff and mypy, the tests that are marked quick, at 1, 2 and 3 ranks
-# Three tests run at once (-n 0: one), since starting processes and waiting for them leaves cores idle.
+# Two files run at once (-n 0: one), since starting processes and waiting for them leaves cores idle.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -26,5 +26,5 @@ else
     fi
 fi
 parallel=
-if python -c 'import xdist' 2>/dev/null; then parallel="-n 3 --dist worksteal"; fi
+if python -c 'import xdist' 2>/dev/null; then parallel="-n 2 --dist loadfile"; fi
 python -m pytest $parallel "$@"

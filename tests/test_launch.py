@@ -67,7 +67,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in metrics(folder / "metrics.jsonl") if "loss" in record}
 
 
-def wait(condition: Callable[[], object], log: Path, seconds: float = 60) -> None:
+def wait(condition: Callable[[], object], log: Path, seconds: float = 150) -> None:
     try:
         wait_for(condition, seconds)
     except AssertionError:
