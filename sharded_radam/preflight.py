@@ -71,14 +71,14 @@ def number(group: Mapping[str, Any], index: int) -> list[str]:
 def find_twice(groups: Sequence[Mapping[str, Any]]) -> str:
     """What is wrong where a group lists a parameter twice, which torch only warns of; "" if none does."""
     for index, group in enumerate(groups):
-        params = group["params"]
-        if len(set(params)) < len(params):
-            place = next(place for place, param in enumerate(params) if any(param is each for each in params[:place]))
-            name = (group.get("param_names") or number(group, index))[place]
-            return (
-                f"parameter '{name}' is listed twice in param group {index}: RAdam would mix two updates of it in each "
-                "step. Expected: each parameter once, as list(dict.fromkeys(params)) has them"
-            )
+        known: set[Tensor] = set()
+        for name, param in zip(group.get("param_names") or number(group, index), group["params"], strict=True):
+            if param in known:
+                return (
+                    f"parameter '{name}' is listed twice in param group {index}: RAdam would mix two updates of it in "
+                    "each step. Expected: each parameter once, as list(dict.fromkeys(params)) has them"
+                )
+            known.add(param)
     return ""
 
 

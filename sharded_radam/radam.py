@@ -109,7 +109,7 @@ def update_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hype
         if engine == "fused":
             _fused_(wide, step, hyper)
         else:
-            _functional_(wide, engine, step, hyper)
+            functional_(wide, step, hyper, foreach=engine == "foreach")
         _round_(batch, wide)
 
 
@@ -162,7 +162,9 @@ def follow_(master: Tensor, param: Tensor) -> None:
     torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=master)
 
 
-def _functional_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hyperparameters) -> None:
+def functional_(
+    operands: Sequence[Operands], step: int, hyper: Hyperparameters, *, foreach: bool, differentiable: bool = False
+) -> None:
     """torch's own functional radam; it wants, and counts up, a step tensor for each piece."""
     params, grads, exp_avgs, exp_avg_sqs, _ = (list(column) for column in zip(*operands, strict=True))
     radam(
@@ -171,7 +173,8 @@ def _functional_(operands: Sequence[Operands], engine: Engine, step: int, hyper:
         exp_avgs,
         exp_avg_sqs,
         list(torch.full((len(params),), step - 1.0, dtype=torch.float64).unbind()),
-        foreach=engine == "foreach",
+        foreach=foreach,
+        differentiable=differentiable,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
         lr=hyper.lr,  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from sharded_radam.build import Shards, follow_groups
 from sharded_radam.gradients.measures import divide_
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 from sharded_radam.replicas import compare, facts
-from sharded_radam.state.edits import find_edits, group_of, take_back
+from sharded_radam.state.edits import find_edits, group_of, has_param, take_back
 from sharded_radam.transport import Handle
 
 
@@ -61,7 +61,7 @@ def prepare(optimizer: RAdam, shards: Shards) -> list[list[Cohort]]:
     follow_groups(optimizer, shards)
     if shards.listed_twice:
         raise ValueError(shards.listed_twice)
-    elsewhere = [flat.check(partial(_has, optimizer)) for flat in shards.flats]
+    elsewhere = [flat.check(partial(has_param, optimizer)) for flat in shards.flats]
     edits = [find_edits(optimizer, flat) for flat in shards.flats]
     if shards.gradients is None:
         present = [[param.grad is not None for param in flat.params] for flat in shards.flats]
@@ -77,10 +77,6 @@ def prepare(optimizer: RAdam, shards: Shards) -> list[list[Cohort]]:
         flat.counters.add_step(has_grad, group_of(optimizer, flat)["capturable"])
         for flat, has_grad in zip(shards.flats, present, strict=True)
     ]
-
-
-def _has(optimizer: RAdam, param: Tensor) -> bool:
-    return any(each is param for group in optimizer.param_groups for each in group["params"])
 
 
 def _is_check_due(optimizer: RAdam, shards: Shards) -> bool:
@@ -132,9 +128,10 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
         transport.begin_update()
     for index, (flat, flat_cohorts) in enumerate(zip(shards.flats, cohorts, strict=True)):
         gradient_of = _gradients_of(shards, flat)
+        hyper, engine = Hyperparameters.of(group_of(optimizer, flat)), engine_of(optimizer, shards, flat)
         for bucket in range(flat.plan.num_buckets):
             with meter.phase("update"):
-                update_bucket(optimizer, shards, flat, bucket, flat_cohorts, gradient_of)
+                update_bucket(flat, bucket, flat_cohorts, gradient_of, hyper, engine)
             with meter.phase("all_gather"):
                 transport.count("all_gather", flat.bucket(bucket))
                 handles[index, bucket] = transport.all_gather(flat.bucket(bucket))
@@ -176,20 +173,24 @@ def _gradients_of(shards: Shards, flat: Flat) -> GradientOf:
 
 
 def update_bucket(
-    optimizer: RAdam, shards: Shards, flat: Flat, bucket: int, cohorts: Sequence[Cohort], gradient_of: GradientOf
+    flat: Flat,
+    bucket: int,
+    cohorts: Sequence[Cohort],
+    gradient_of: GradientOf,
+    hyper: Hyperparameters,
+    engine: Engine,
 ) -> None:
     """Phase 2: update the own pieces of a bucket, each with the number of its step.
 
     Args:
-        optimizer: whose hyperparameters.
-        shards: of this rank.
         flat: whose bucket.
         bucket: its number.
         cohorts: of the flat.
         gradient_of: phase 1.
+        hyper: of the flat's param group.
+        engine: of the flat.
     """
     flat.copy_in(bucket)
-    hyper, engine = Hyperparameters.of(group_of(optimizer, flat)), engine_of(optimizer, shards, flat)
     for cohort in cohorts:
         operands = [
             Operands(own.param, gradient_of(own), own.exp_avg, own.exp_avg_sq, own.master)

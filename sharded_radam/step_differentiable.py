@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-from torch.optim.radam import radam
 
 from sharded_radam.buckets.flat import Flat
-from sharded_radam.radam import Hyperparameters
+from sharded_radam.radam import Hyperparameters, Operands, functional_
 
 
 def update(
@@ -31,22 +29,8 @@ def update(
         # Moments that somebody keeps, or that are leaves, stay as they are.
         moments = {name: own[name].clone() for name in ("exp_avg", "exp_avg_sq")}
         wide = param.to(moments["exp_avg"].dtype)  # another tensor only where it has half precision
-        radam(
-            [wide],
-            [param.grad.to(wide.dtype)],
-            [moments["exp_avg"]],
-            [moments["exp_avg_sq"]],
-            [torch.tensor(step - 1.0, dtype=torch.float64)],
-            foreach=False,
-            differentiable=True,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            lr=hyper.lr,  # type: ignore[arg-type]
-            weight_decay=hyper.weight_decay,
-            eps=hyper.eps,
-            decoupled_weight_decay=hyper.decoupled_weight_decay,
-            maximize=hyper.maximize,
-        )
+        operands = Operands(wide, param.grad.to(wide.dtype), **moments)
+        functional_([operands], step, hyper, foreach=False, differentiable=True)
         if wide is not param:
             param.copy_(wide)
         own.update(moments)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sharded_radam.buckets.memory import addresses_of, changed
+
 
 class Cohort(NamedTuple):
     """Slots that take their step number ``step`` now: a number, or a tensor on the device if capturable."""
@@ -36,20 +38,14 @@ class Counters:
         self.device = device
         self._all = torch.tensor(counts, dtype=torch.float64, device=device)
         self.views = [*self._all.unbind()]
-        self._addresses = self._addresses_of_views()
+        self._addresses = addresses_of(self.views)
         # Values on the device are not read, which would wait for it: slots of one class have the same count.
         self._classes: list[float] = list(counts)
         self._version = self._all._version
 
-    def _addresses_of_views(self) -> list[int]:
-        return [view.data_ptr() for view in self.views]
-
     def moved(self) -> list[int]:
         """Slots to the ``.data`` of whose counter somebody has assigned."""
-        addresses = self._addresses_of_views()
-        if addresses == self._addresses:
-            return []
-        return [slot for slot, address in enumerate(addresses) if address != self._addresses[slot]]
+        return changed(addresses_of(self.views), self._addresses)
 
     def add_step(self, has_grad: Sequence[bool], capturable: bool) -> list[Cohort]:
         """Add 1 for all slots that have a gradient.

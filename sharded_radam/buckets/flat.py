@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sharded_radam.buckets.counters import Counters
-from sharded_radam.buckets.memory import as_real, dim_order, flatten, is_dense, num_users, unflatten, window, zeros
+from sharded_radam.buckets.memory import (
+    addresses_of,
+    as_real,
+    changed,
+    dim_order,
+    flatten,
+    is_dense,
+    num_users,
+    unflatten,
+    window,
+    zeros,
+)
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.buckets.registrations import HookWhileUsed
 from sharded_radam.dtypes import HALF_DTYPES, wide
@@ -302,7 +313,7 @@ class Flat:
         return windows
 
     def _addresses_of_state(self) -> list[int]:
-        return [view.data_ptr() for views in self.local_state for view in views.values()]
+        return addresses_of(view for views in self.local_state for view in views.values())
 
     def slots_of_others(self, state: Mapping[Tensor, Mapping[Any, Any]], moments: bool) -> list[int]:
         """Slots whose entries in the optimizer's state are no longer the views, or whose views are elsewhere.
@@ -321,9 +332,8 @@ class Flat:
             now = [entry.get(name) for entry in entries]
             if not all(map(operator.is_, now, views)):
                 found |= {slot for slot, (here, view) in enumerate(zip(now, views, strict=True)) if here is not view}
-        if moments and (addresses := self._addresses_of_state()) != self._state_addresses:
-            places = zip(addresses, self._state_addresses, strict=True)
-            found |= {at // len(self.state) for at, (here, before) in enumerate(places) if here != before}
+        if moments:
+            found |= {at // len(self.state) for at in changed(self._addresses_of_state(), self._state_addresses)}
         return sorted(found)
 
     def take_back_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:

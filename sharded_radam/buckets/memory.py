@@ -141,6 +141,18 @@ def is_zero(tensor: Tensor) -> bool:
     return not parts[:4096].any() and not parts.any()
 
 
+def addresses_of(views: Iterable[Tensor]) -> list[int]:
+    """Where views are: another address says that somebody has assigned to ``.data``."""
+    return [view.data_ptr() for view in views]
+
+
+def changed(now: list[int], before: list[int]) -> list[int]:
+    """Positions of the addresses that differ."""
+    if now == before:  # as always, and quick
+        return []
+    return [at for at, (here, there) in enumerate(zip(now, before, strict=True)) if here != there]
+
+
 def window(buffer: Tensor, start: int, numel: int) -> Tensor:
     """Elements of a contiguous 1-D buffer as a tensor whose storage is only these elements, over the same memory.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from sharded_radam.state.dicts import (
     plain_state,
     users_own,
 )
-from sharded_radam.state.edits import take_back
+from sharded_radam.state.edits import has_param, take_back
 from sharded_radam.state.gather import gather_flat, gather_slot
 from sharded_radam.state.values import without_numpy
 
@@ -137,10 +138,9 @@ def _prepare_masters(optimizer: RAdam, shards: Shards, to: int) -> None:
     """All that can be wrong on one rank, before masters are gathered."""
     _check_target(shards, to)
     shards.wait()
-    members = {param for group in optimizer.param_groups for param in group["params"]}
     for flat in (flat for flat in shards.flats if flat.is_half):
         take_back(optimizer, flat)
-        flat.take_back(flat.check(members.__contains__))
+        flat.take_back(flat.check(partial(has_param, optimizer)))
         flat.follow()
 
 

@@ -20,6 +20,11 @@ def group_of(optimizer: RAdam, flat: Flat) -> dict[str, Any]:
     return optimizer.param_groups[index] if index < len(optimizer.param_groups) else optimizer.defaults
 
 
+def has_param(optimizer: RAdam, param: Tensor) -> bool:
+    """Whether a parameter is in one of the groups."""
+    return any(each is param for group in optimizer.param_groups for each in group["params"])
+
+
 def find_edits(optimizer: RAdam, flat: Flat, among: Set[Tensor] | None = None) -> dict[int, Entry]:
     """What somebody has put into the state of a flat's parameters, by slot; nothing in an entry for what is missing.
 
