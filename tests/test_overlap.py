@@ -26,8 +26,8 @@ from sharded_radam import ShardedRAdam
 from sharded_radam.arrivals import ArrivingParameter
 from sharded_radam.transport import Handle
 from tests.cases import assert_same
+from tests.gradients.test_gradients import OPTIONS, SMALL, Training, images, train, unused_on_some_ranks
 from tests.ranks import WORLD_SIZES, run
-from tests.test_gradients import OPTIONS, SMALL, Training, images, train, unused_on_some_ranks
 
 psutil = pytest.importorskip("psutil")
 

@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_radam import CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint.format.directory import committed_steps
 from sharded_radam.tools.cli import main
+from tests.integrations.test_integrations import LIBRARIES
 from tests.programs import ROOT, SMALL, environment
 from tests.ranks import WORLD_SIZES, run
-from tests.test_integrations import LIBRARIES
 
 README, GUIDE = ROOT / "README.md", ROOT / "sharded_radam" / "README.md"
 LAUNCH, SCRIPTS, CONTRIBUTING = ROOT / "launch" / "README.md", ROOT / "scripts" / "README.md", ROOT / "CONTRIBUTING.md"
@@ -162,7 +162,7 @@ def test_code_of_the_guide(tmp_path: Path, world_size: int, monkeypatch: pytest.
 def test_commands_of_the_readme() -> None:
     *installing, demo, test = lines(README)
     assert installing == ["pip install .", "torchrun --standalone --nproc-per-node=2 example.py"]  # by test_wheel.py
-    # The latter runs this; the former is run by tests/test_scripts.py.
+    # The latter runs this; the former is run by tests/scripts/test_scripts.py.
     assert [demo, test] == ["scripts/demo.sh", "scripts/test.sh"]
     assert all(os.access(ROOT / script, os.X_OK) for script in (demo, test))
 
@@ -176,7 +176,7 @@ def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands_of_the_scripts() -> None:
-    """Which tests/test_scripts.py runs."""
+    """Which tests/scripts/test_scripts.py runs."""
     tested = (ROOT / "tests" / "test_scripts.py").read_text()
     for command in lines(SCRIPTS):
         start, script = command.rsplit(" ", 1)
@@ -230,7 +230,7 @@ def test_stopping_together(tmp_path: Path, world_size: int) -> None:
 
 
 def test_the_other_blocks_of_launching_are_recipes() -> None:
-    """Which tests/test_integrations.py runs."""
+    """Which tests/integrations/test_integrations.py runs."""
     parts = re.split(r"^##+ ", LAUNCH.read_text(), flags=re.MULTILINE)
     with_code = [part.partition("\n")[0] for part in parts if "```python" in part and "SIGTERM" not in part]
     programs = (ROOT / "tests" / "recipes.py").read_text()

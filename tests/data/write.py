@@ -1,4 +1,4 @@
-"""Writes small files as this Python and this torch write them, for tests/test_versions.py, which reads all of them.
+"""Writes small files as this Python and this torch write them; test_versions.py, under tests/, reads all of them.
 
 From the root of the checkout, with each Python and torch: ``PYTHONPATH=. python tests/data/write.py``. It makes
 ``tests/data/PYTHON-TORCH.tar.xz`` with: ``dcp``, a checkpoint by torch.distributed.checkpoint; ``ours``, one by

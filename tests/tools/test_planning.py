@@ -153,7 +153,7 @@ def not_a_module() -> int:
 
 
 def test_models_of_python() -> None:
-    found = read_model("tests.test_planning:Tied", torch.bfloat16, "cpu")
+    found = read_model("tests.tools.test_planning:Tied", torch.bfloat16, "cpu")
     assert [(param.name, param.shape, param.dtype) for param in found] == [
         ("one.weight", (7, 7), torch.bfloat16),
         ("one.bias", (7,), torch.bfloat16),
@@ -201,8 +201,8 @@ def test_models_of_a_number(text: str, numel: int) -> None:
         ("nothing", "expected package.module:function, a .safetensors file"),
         ("0", "has no parameters"),
         ("tests.no_module:x", "No module named"),
-        ("tests.test_planning:no_name", "no_name"),
-        ("tests.test_planning:not_a_module", "returned a int, expected a torch.nn.Module"),
+        ("tests.tools.test_planning:no_name", "no_name"),
+        ("tests.tools.test_planning:not_a_module", "returned a int, expected a torch.nn.Module"),
         ("missing.safetensors", "No such file"),
         ("README.safetensors", "is not a safetensors file"),
     ],

@@ -21,10 +21,12 @@ from sharded_radam.checkpoint.format.packing import pack
 from sharded_radam.checkpoint.format.reading import read_value
 from sharded_radam.checkpoint.format.verification import verify
 from tests.data.write import state_dict, trained
+from tests.programs import ROOT
 
 pytestmark = pytest.mark.quick
 
-ARCHIVES = sorted((Path(__file__).parent / "data").glob("*.tar.xz"))
+DATA = ROOT / "tests" / "data"
+ARCHIVES = sorted(DATA.glob("*.tar.xz"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int64, torch.bool)
 
 
@@ -111,7 +113,7 @@ def test_what_is_written_is_the_same_everywhere() -> None:
     )
     tensors = {"w": SavedTensor(torch.bfloat16, (3, 300), boxes), "empty": SavedTensor(torch.int64, (0,), ())}
     content = pack(tensors, {"v": Extent("a", 2**40, 7, None)}, {"w": ("w",), "v": ("groups", 0, "v")})
-    assert content == (Path(__file__).parent / "data" / "packed.pickle").read_bytes()
+    assert content == (DATA / "packed.pickle").read_bytes()
 
 
 def test_torch_reads_what_is_packed(tmp_path: Path) -> None:

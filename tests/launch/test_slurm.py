@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sharded_radam.checkpoint.format.directory import committed_steps
+from tests.launch.test_launch import is_training, losses, wait
 from tests.programs import ROOT, SMALL, environment
-from tests.test_launch import is_training, losses, wait
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 pytestmark = [

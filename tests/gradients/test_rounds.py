@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sharded_radam.gradients.rounds import TRANSITIONS, Event, Rounds, State
 from sharded_radam.gradients.schedule import Launch
-from tests.test_schedule import DRAWN, A, B, C, D, flat
+from tests.gradients.test_schedule import DRAWN, A, B, C, D, flat
 
 pytestmark = pytest.mark.quick
 

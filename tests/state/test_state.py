@@ -24,9 +24,9 @@ from torch.nn import Parameter
 from sharded_radam import ShardedRAdam
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.state.dicts import plain_name
+from tests.buckets.test_flat import Allocations
 from tests.cases import assert_same, make_params, missing_at, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
-from tests.test_flat import Allocations
 
 pytestmark = pytest.mark.quick
 

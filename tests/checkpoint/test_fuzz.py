@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from sharded_radam.compat import VERSION
+from tests.programs import ROOT
 
 pytestmark = [
     pytest.mark.quick,
@@ -25,9 +25,7 @@ def test_damaged_and_hostile_checkpoints() -> None:
     """Others than in the last release of torch, so that each is tried somewhere."""
     first = 100_000 * VERSION[1]
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--first", str(first), "--cases", "200"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "200 cases, 0 failures" in done.stdout
     for kind in KINDS:

@@ -15,9 +15,9 @@ import sharded_radam
 from sharded_radam import ShardedRAdam
 from sharded_radam.gradients.grad_shard import GradShard
 from tests.cases import assert_same
+from tests.gradients.test_gradients import OPTIONS, SMALL, Case, Training, compare, failing, train
+from tests.gradients.test_sharded import train_scaled
 from tests.ranks import WORLD_SIZES, run
-from tests.test_gradients import OPTIONS, SMALL, Case, Training, compare, failing, train
-from tests.test_sharded import train_scaled
 
 TRANSPORTS = ("gloo", "shared_memory")
 

@@ -31,9 +31,9 @@ from sharded_radam.checkpoint.format.verification import verify
 from sharded_radam.checkpoint.report import LoadReport
 from sharded_radam.compat import VERSION
 from sharded_radam.state.dicts import plain_name
+from tests.buckets.test_ranges import END, SAVED_AT, Net, make, state_of, train, under_ddp, uninterrupted
 from tests.cases import assert_same, quietly, set_grads
 from tests.ranks import WORLD_SIZES, run
-from tests.test_ranges import END, SAVED_AT, Net, make, state_of, train, under_ddp, uninterrupted
 
 pytestmark = pytest.mark.quick
 

@@ -27,8 +27,8 @@ from sharded_radam.checkpoint.format.index import MANIFEST, _canonical, read_ind
 from sharded_radam.checkpoint.format.verification import verify
 from sharded_radam.checkpoint.retention import Record, is_on, latest, next_branch, read_records, stale
 from sharded_radam.tools.cli import main
+from tests.checkpoint.test_crashes import die, pair, state_bits
 from tests.ranks import WORLD_SIZES, ends, run
-from tests.test_crashes import die, pair, state_bits
 
 # The rules, without files
 

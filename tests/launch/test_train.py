@@ -1,4 +1,4 @@
-"""The training script: real files, real SIGKILL; tests/test_launch.py and others start it by torchrun, as users do."""
+"""The training script: real files, real SIGKILL; test_launch.py and others start it by torchrun, as users do."""
 
 from __future__ import annotations
 

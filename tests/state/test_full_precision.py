@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sharded_radam import CheckpointManager, ShardedRAdam
 from sharded_radam.tools.cli import main
+from tests.buckets.test_ranges import under_ddp
 from tests.cases import set_grads
 from tests.ranks import WORLD_SIZES, run
-from tests.test_ranges import under_ddp
 
 pytestmark = pytest.mark.quick
 

@@ -292,7 +292,7 @@ def endless() -> list[Any]:
 
 UNSAVABLE: dict[str, tuple[Any, str]] = {
     "function": (die, " is a builtins.function, which cannot be saved"),
-    "object": ([Unknown()], "[0] is a tests.test_apart.Unknown, which cannot be saved"),
+    "object": ([Unknown()], "[0] is a tests.store.test_apart.Unknown, which cannot be saved"),
     "sparse": (torch.eye(2).to_sparse(), " is a torch.Tensor, which cannot be saved"),
     "itself": (endless(), "contains itself"),
     "key": ({torch.ones(1): 1}, " has the tensor tensor([1.]) as a key"),

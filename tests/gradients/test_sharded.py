@@ -22,8 +22,8 @@ from sharded_radam.gradients.schedule import Launch
 from sharded_radam.transport.gloo import GlooReducer
 from sharded_radam.transport.shared_memory import SharedMemoryReducer
 from tests.cases import assert_same
+from tests.gradients.test_gradients import OPTIONS, SMALL, TRANSPORTS, Case, Net, Training, images
 from tests.ranks import WORLD_SIZES, run
-from tests.test_gradients import OPTIONS, SMALL, TRANSPORTS, Case, Net, Training, images
 
 
 def transports(world_size: int) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_radam import ShardedRAdam
+from tests.gradients.test_gradients import OPTIONS, compare
 from tests.ranks import run
-from tests.test_gradients import OPTIONS, compare
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from sharded_radam import CheckpointManager, ShardedRAdam
 from sharded_radam.checkpoint.convert.inspection import summary
 from sharded_radam.tools.cli import main
+from tests.buckets.test_ranges import END, SAVED_AT, Net, train, uninterrupted
 from tests.cases import set_grads
+from tests.checkpoint.test_crashes import flip
 from tests.ranks import WORLD_SIZES, run
-from tests.test_crashes import flip
-from tests.test_ranges import END, SAVED_AT, Net, train, uninterrupted
 
 
 def make(kind: type[Any] = ShardedRAdam) -> tuple[nn.Module, Any]:
