@@ -31,7 +31,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.plan import ParamSpec
-from sharded_radam.tools.estimate import OURS, OURS_SHARDED, estimates
+from sharded_radam.tools.compare import estimates
+from sharded_radam.tools.estimate import OURS, OURS_SHARDED
 
 STEPS = 8
 PLANNED = {

@@ -263,7 +263,7 @@ def _make_flats(
             with torch.inference_mode(members[0].is_inference()), torch.no_grad():
                 rank, as_views = shards.transport.rank, shards.options.as_views
                 flat = Flat(flat_plan, plan.params, members, rank, as_views, next(buffers), elsewhere)
-            flat.take_notes(old)
+            flat.replaced.take(before.replaced for before in old)
         flat.specs = [plan.params[slot.param] for slot in flat_plan.slots]
         flats.append(flat)
     return flats

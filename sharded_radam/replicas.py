@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_radam.buckets.memory import dim_order, flatten
-from sharded_radam.store.meeting import name_ranks
+from sharded_radam.store.verdicts import name_ranks
 from sharded_radam.transport import Transport
 
 _HYPERPARAMETERS = (

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sharded_radam.buckets.counters import Counters
 from sharded_radam.buckets.memory import (
@@ -24,7 +23,7 @@ from sharded_radam.buckets.memory import (
     zeros,
 )
 from sharded_radam.buckets.range_tensor import RangeTensor
-from sharded_radam.buckets.registrations import HookWhileUsed
+from sharded_radam.buckets.replaced import Replaced
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import follow_
@@ -99,8 +98,7 @@ class Flat:
         for slot in range(len(plan.slots)):
             self._complete_state(slot, None)
         self._index = {id(param): index for index, param in enumerate(self.params)}
-        self._reassigned: dict[int, tuple[str, Tensor]] = {}
-        _flats.add(self)
+        self.replaced = Replaced(self.params)
 
     def bucket(self, index: int) -> Tensor:
         """1-D view of a bucket, padding included."""
@@ -161,9 +159,10 @@ class Flat:
             Slots to ``take_back``: their parameters are elsewhere.
         """
         elsewhere = []
-        for index, (place, new) in self._reassigned.items():
-            if not is_known(new) and (among is None or self.params[index] in among):
-                raise RuntimeError(_moved(self.specs[index].name, f"was replaced by another Parameter in {place}"))
+        for param, (place, new) in self.replaced.by.items():
+            if not is_known(new) and (among is None or param in among):
+                name = self.specs[self._index[id(param)]].name
+                raise RuntimeError(_moved(name, f"was replaced by another Parameter in {place}"))
         for slot, (param, spec) in enumerate(zip(self.params, self.specs, strict=True)):
             if among is not None and param not in among:
                 continue
@@ -348,20 +347,6 @@ class Flat:
             self.set_state(slot, tensors)
         self._state_addresses = self._addresses_of_state()
 
-    def take_notes(self, old: Iterable[Flat]) -> None:
-        """Know what flats knew that had these parameters before."""
-        for flat in old:
-            for index, (place, new) in flat._reassigned.items():
-                self.note_reassigned(flat.params[index], place, new)
-
-    def note_reassigned(self, param: Tensor, place: str, new: Tensor | None) -> None:
-        """Remember, or forget (None), that a module now has a new Parameter in the place of ``param``."""
-        index = self._index.get(id(param))
-        if index is not None and new is not None:
-            self._reassigned[index] = place, new
-        elif index is not None:
-            self._reassigned.pop(index, None)
-
 
 def find_slot(flats: Sequence[Flat], param: Tensor) -> tuple[int, int]:
     """The number of the flat that has a parameter, and its slot there.
@@ -395,17 +380,3 @@ def _moved(name: str, what: str) -> str:
         "built. Build it anew now and give it the state by load_state_dict(); to load weights, copy them in place "
         "(load_state_dict without assign=True, or param.copy_)."
     )
-
-
-def _on_registration(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
-    old = module._parameters.get(name)
-    for flat in _flats:
-        if param is not None:
-            flat.note_reassigned(param, "", None)
-            if old is not None and old is not param:
-                flat.note_reassigned(old, f"{type(module).__name__}.{name}", param)
-
-
-# The only sign torch gives of `load_state_dict(assign=True)` or `module.weight = Parameter(...)`: the old Parameter,
-# which is all that an optimizer sees, stays what it was.
-_flats: HookWhileUsed[Flat] = HookWhileUsed(lambda: register_module_parameter_registration_hook(_on_registration))

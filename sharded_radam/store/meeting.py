@@ -35,7 +35,9 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from sharded_radam.store.board import Board, StoreLostError, pauses
+from sharded_radam.store.groups import own_group, timeout_of
 from sharded_radam.store.liveness import Acquaintance, Watch
+from sharded_radam.store.verdicts import agreed, error_of, judge, make_post
 
 T = TypeVar("T")
 
@@ -47,9 +49,6 @@ _QUIET_S = 10.0
 _GRACE_S = 5.0
 """How long a rank that has failed waits for the others to say what they know."""
 
-_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, MemoryError)
-"""Exceptions of one rank that are raised as they are on the others; all else is a RuntimeError there."""
-
 _MISSING = (
     "every rank of the process group must come here, also those without data, and not under a condition such as "
     "`if rank == 0:`, and be alive"
@@ -58,10 +57,6 @@ _MISSING = (
 
 _known: weakref.WeakKeyDictionary[Any, Acquaintance] = weakref.WeakKeyDictionary()
 """Of the store of a process group: where its ranks listen."""
-
-
-class LostError(RuntimeError):
-    """What a rank learns of another's failure or absence; what that one says itself counts more."""
 
 
 class Connections:
@@ -170,7 +165,7 @@ class Meeting:
             if problem is not None:
                 raise problem
             return decide([offer] * self.world_size)
-        post = {**_post(what, offer, problem), "sent": {self.connections.key: self.connections.sent}}
+        post = {**make_post(what, offer, problem), "sent": {self.connections.key: self.connections.sent}}
         try:
             verdict = self._verdict(self._board, what, post, decide, is_within)
         except StoreLostError as error:
@@ -181,9 +176,8 @@ class Meeting:
             summon()
         self.connections.advance(verdict.get("sent", {}).get(self.connections.key, 0))
         if problem is not None and verdict["failure"] == post["problem"]:  # every rank has the same one
-            raise _agreed(problem)
-        kind = {each.__name__: each for each in _KINDS}.get(verdict.get("kind", ""), RuntimeError)
-        raise _agreed(kind(verdict["failure"])) from problem
+            raise agreed(problem)
+        raise error_of(verdict) from problem
 
     def attempt(self, what: str, make: Callable[[], T]) -> T:
         """Collective: do what may fail on this rank, alone; return when all ranks have done it.
@@ -282,117 +276,9 @@ class Meeting:
     ) -> dict[str, Any]:
         """Write a verdict unless there is one; return the one that counts."""
         posts = self._posts(board, token)
-        verdict = _judge(posts, self.world_size, decide, vain)
+        verdict = judge(posts, self.world_size, decide, vain)
         sent: dict[str, int] = {}
         for key, number in (pair for post in posts.values() for pair in post["sent"].items()):
             sent[key] = max(sent.get(key, 0), number + 1)
         found = board.claim(f"{token}/verdict", {**verdict, "sent": sent, "came": len(posts)})
         return cast("dict[str, Any]", found)
-
-
-def is_agreed(error: Exception) -> bool:
-    """Whether all ranks raise it."""
-    return getattr(error, "_sharded_radam_agreed", False)
-
-
-def _agreed(error: Exception) -> Exception:
-    error._sharded_radam_agreed = True  # type: ignore[attr-defined]
-    return error
-
-
-def _post(what: str, offer: Any, problem: Exception | None) -> dict[str, Any]:
-    if problem is None:
-        return {"what": what, "offer": offer}
-    kind = next((each.__name__ for each in _KINDS if isinstance(problem, each)), "RuntimeError")
-    known = type(problem) in (*_KINDS, RuntimeError, LostError)
-    text = str(problem) if known else f"{type(problem).__name__}: {problem}"
-    return {"what": what, "kind": kind, "problem": text, "lost": isinstance(problem, LostError)}
-
-
-def _judge(
-    posts: dict[int, dict[str, Any]], world_size: int, decide: Callable[[list[Any]], Any], vain: str
-) -> dict[str, Any]:
-    """What follows from the posts that there are; ``vain`` says why no more of them are waited for."""
-    doing = _by_value({rank: post["what"] for rank, post in posts.items()})
-    if len(doing) > 1:
-        calls = "; ".join(f"{name_ranks(ranks)}: {what}" for what, ranks in doing.items())
-        return {"failure": f"ranks do different things ({calls}): all ranks must make the same calls in the same order"}
-    failed = {rank: post for rank, post in posts.items() if "problem" in post and not post["lost"]}
-    problems = _by_value({rank: post["problem"] for rank, post in failed.items()})
-    if problems:
-        kind = next(iter(failed.values()))["kind"]
-        if len(failed) == world_size and len(problems) == 1:
-            return {"failure": next(iter(problems)), "kind": kind}
-        return {"failure": _told(problems), "kind": kind}
-    what = next(iter(doing))
-    missing = [rank for rank in range(world_size) if rank not in posts]
-    if vain.startswith("rank"):  # this one is certain
-        return {"failure": f"{what}: {vain}"}
-    lost = _by_value({rank: post["problem"] for rank, post in posts.items() if "problem" in post})
-    absent = [f"{name_ranks(missing)} {vain}"] if missing else []
-    if lost or absent:
-        return {"failure": f"{what}: {'; '.join([*absent, *([_told(lost)] if lost else [])])}"}
-    try:
-        return {"value": decide([posts[rank]["offer"] for rank in range(world_size)])}
-    except Exception as error:  # whatever it is, the others must not wait for a verdict
-        post = _post("", None, error)
-        return {"failure": post["problem"], "kind": post["kind"]}
-
-
-def _told(problems: dict[str, list[int]]) -> str:
-    return "; ".join(f"{name_ranks(ranks)}: {text}" for text, ranks in problems.items())
-
-
-def _by_value(of_rank: dict[int, str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for rank, value in of_rank.items():
-        found.setdefault(value, []).append(rank)
-    return found
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    """As text: "rank 1", "ranks 1, 2"."""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group given, that of a DeviceMesh of one dimension, or the default one.
-
-    Raises:
-        TypeError: it is no process group.
-        ValueError: this process is not in it, or a mesh has more dimensions.
-    """
-    group = dist.group.WORLD if group is None else _group_of_mesh(group)
-    if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
-        raise TypeError(
-            f"process_group={group!r}: expected a torch.distributed.ProcessGroup, as dist.new_group() "
-            "returns, or a DeviceMesh of one dimension"
-        )
-    if dist.get_rank(group) < 0:
-        raise ValueError(
-            f"process_group does not contain this process (global rank {dist.get_rank()}): build the optimizer only "
-            "on the ranks of its group, and give it the group that they are in"
-        )
-    return group
-
-
-def _group_of_mesh(group: Any) -> Any:
-    if type(group).__name__ != "DeviceMesh":
-        return group
-    if group.ndim != 1:
-        names = group.mesh_dim_names or ("dp",)
-        raise ValueError(
-            f"process_group={group!r} has {group.ndim} dimensions: expected the one over which parameters are "
-            f"replicated and their state is to be sharded, such as mesh['{names[-1]}'], or "
-            f"mesh.get_group('{names[-1]}')"
-        )
-    return group.get_group()
-
-
-def timeout_of(group: dist.ProcessGroup) -> float:
-    """Seconds that a group's backend waits for a rank."""
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        if options is not None:
-            return float(options._timeout.total_seconds())
-    return dist.default_pg_timeout.total_seconds()

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from sharded_radam.compat import own_connection
 from sharded_radam.store.board import Board
+from sharded_radam.store.groups import own_group
 from sharded_radam.store.liveness import Acquaintance
-from sharded_radam.store.meeting import own_group
 
 
 @dataclass(slots=True)

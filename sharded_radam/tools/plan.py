@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from sharded_radam.plan import ParamSpec
-from sharded_radam.tools.estimate import TRANSPORTS, Bandwidth, Estimate, Layout, estimates, layout
+from sharded_radam.tools.compare import estimates
+from sharded_radam.tools.estimate import Bandwidth, Estimate
+from sharded_radam.tools.layout import TRANSPORTS, Layout, layout
 from sharded_radam.tools.models import read_model
 from sharded_radam.tools.output import mib, print_result, table
 from sharded_radam.tools.simulate import Check, simulate

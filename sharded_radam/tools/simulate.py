@@ -19,7 +19,8 @@ from sharded_radam.compat import check_fake_collectives
 from sharded_radam.optimizer import ShardedRAdam
 from sharded_radam.plan import ParamSpec, make_plan
 from sharded_radam.stats import Stats
-from sharded_radam.tools.estimate import estimate_ours, layout
+from sharded_radam.tools.estimate import estimate_ours
+from sharded_radam.tools.layout import layout
 from sharded_radam.transport import Choice, NativeTransport, Transport
 
 LARGEST_WORLD_SIZE = 4096

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sharded_radam.store.meeting import Meeting, own_group, timeout_of
-from sharded_radam.transport.base import Alone, Handle, Transport
+from sharded_radam.store.groups import own_group, timeout_of
+from sharded_radam.store.meeting import Meeting
+from sharded_radam.transport.alone import Alone
+from sharded_radam.transport.base import Handle, Transport
 from sharded_radam.transport.gloo import GlooReducer, GlooTransport
 from sharded_radam.transport.native import NativeReducer, NativeTransport
 from sharded_radam.transport.reducers import AloneReducer, Reducer

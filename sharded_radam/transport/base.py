@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.store.meeting import LostError, Meeting, is_agreed
+from sharded_radam.store.meeting import Meeting
+from sharded_radam.store.verdicts import LostError, is_agreed
 from sharded_radam.transport.meter import Meter
-from sharded_radam.transport.reducers import AloneReducer, Reducer
+from sharded_radam.transport.reducers import Reducer
 
 _TAG = 0x5AD0
 """Point-to-point messages of ours carry tags from here on, apart from a user's own, which are mostly small."""
@@ -262,38 +263,6 @@ class Transport(ABC):
         table = row.new_empty((self.world_size, row.numel()))
         self.gather_to_all(row, table.view(-1))
         return table.cpu()
-
-
-class Alone(Transport):
-    """One rank, or no process group at all: nothing to communicate."""
-
-    name = "none"
-
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group  # type: ignore[assignment]
-        self.device = device
-        self.rank = 0
-        self.world_size = 1
-        self.meter = Meter(device)
-        self.meeting = Meeting(None, 0, 1, 0.0)
-
-    def count(self, kind: str, bucket: Tensor) -> None:
-        pass
-
-    def all_gather(self, bucket: Tensor) -> list[Handle]:
-        return []
-
-    def all_gather_objects(self, item: object) -> list[Any]:
-        return [item]
-
-    def broadcast(self, tensor: Tensor) -> None:
-        pass
-
-    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        return tensor
-
-    def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
-        return AloneReducer(torch.empty(Reducer.slot_bytes(buckets), dtype=torch.uint8, device=self.device))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.store.meeting import LostError
+from sharded_radam.store.verdicts import LostError
 from sharded_radam.transport.base import Handle, as_bytes
 from sharded_radam.transport.gloo import GlooTransport
 from sharded_radam.transport.reducers import Reducer, SummingReducer, typed

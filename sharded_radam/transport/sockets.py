@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sharded_radam.store.meeting import Connections, LostError
+from sharded_radam.store.meeting import Connections
+from sharded_radam.store.verdicts import LostError
 
 MEET = 3
 """Mark of a rank that does not go on: come to the meeting."""

@@ -17,8 +17,9 @@ import torch
 
 from sharded_radam import compat
 from sharded_radam.plan import ParamSpec
+from sharded_radam.tools.compare import estimates
 from sharded_radam.tools.estimate import OURS as OURS_DDP
-from sharded_radam.tools.estimate import OURS_SHARDED, estimates
+from sharded_radam.tools.estimate import OURS_SHARDED
 from tests.programs import ROOT, call
 
 README = ROOT / "README.md"

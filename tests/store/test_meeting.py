@@ -16,7 +16,8 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.store.meeting import Meeting, _judge
+from sharded_radam.store.meeting import Meeting
+from sharded_radam.store.verdicts import judge
 from tests.ranks import WORLD_SIZES, run
 
 # Threads as ranks
@@ -181,16 +182,16 @@ def test_waiting_ends_when_it_is_in_vain() -> None:
 def test_what_counts_for_whom_who_gives_up() -> None:
     """All have come after all: the decision. One is certainly gone: that. Else who did not come, and what is known."""
     came: dict[int, dict[str, Any]] = {rank: {"what": "it", "offer": rank} for rank in range(3)}
-    assert _judge(came, 3, sum, "did not come") == {"value": 3}
-    assert _judge(came, 3, sum, "rank 2 has ended") == {"failure": "it: rank 2 has ended"}
+    assert judge(came, 3, sum, "did not come") == {"value": 3}
+    assert judge(came, 3, sum, "rank 2 has ended") == {"failure": "it: rank 2 has ended"}
     came[0] = {"what": "it", "problem": "a rank is gone (closed)", "lost": True}
     del came[2]
-    assert _judge(came, 3, sum, "rank 2 has ended") == {"failure": "it: rank 2 has ended"}
-    assert _judge(came, 3, sum, "did not come; all must") == {
+    assert judge(came, 3, sum, "rank 2 has ended") == {"failure": "it: rank 2 has ended"}
+    assert judge(came, 3, sum, "did not come; all must") == {
         "failure": "it: rank 2 did not come; all must; rank 0: a rank is gone (closed)"
     }
     came[1] = {"what": "it", "kind": "ValueError", "problem": "no number", "lost": False}
-    assert _judge(came, 3, sum, "rank 2 has ended") == {"failure": "rank 1: no number", "kind": "ValueError"}
+    assert judge(came, 3, sum, "rank 2 has ended") == {"failure": "rank 1: no number", "kind": "ValueError"}
 
 
 def test_what_is_left_in_the_store_is_bounded() -> None:

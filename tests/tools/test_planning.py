@@ -21,7 +21,9 @@ from sharded_radam.plan import ParamSpec
 from sharded_radam.preflight import describe
 from sharded_radam.tools import simulate as simulation
 from sharded_radam.tools.cli import main
-from sharded_radam.tools.estimate import OURS, OURS_SHARDED, Bandwidth, Estimate, estimates, layout
+from sharded_radam.tools.compare import estimates
+from sharded_radam.tools.estimate import OURS, OURS_SHARDED, Bandwidth, Estimate
+from sharded_radam.tools.layout import layout
 from sharded_radam.tools.models import read_model
 from sharded_radam.tools.simulate import simulate
 from tests.cases import make_params, set_grads
