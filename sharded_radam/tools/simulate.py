@@ -93,10 +93,9 @@ def simulate(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float 
 def _build(
     params: Sequence[ParamSpec], rank: int, world_size: int, bucket_cap_mb: float, shard_gradients: bool
 ) -> Stats:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch._subclasses.fake_tensor import FakeTensorMode  # as torch.serialization.skip_data documents it
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of data pointers of fake tensors, which compare as nothing

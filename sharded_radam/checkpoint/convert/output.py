@@ -87,15 +87,12 @@ def write_new(output: Path, write: Callable[[Path], object]) -> None:
 
 def write_torch(path: Path, content: dict[str, Any]) -> None:
     """What torch.save would write of a nested dict, in which tensors may be :class:`Later`."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def room(value: Any) -> Any:  # tensors of FakeTensorMode have no memory
+    def room(value: Any) -> Any:  # memory that nobody writes to is none
         return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, (Later, Tensor)) else value
 
-    with FakeTensorMode():
-        frame = tree_map(room, content)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(frame, path)
+    with torch.serialization.skip_data():
+        torch.save(tree_map(room, content), path)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         written = torch.load(path, mmap=True, weights_only=True)
     for value, memory in zip(tree_leaves(content), tree_leaves(written), strict=True):
