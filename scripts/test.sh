@@ -6,6 +6,7 @@
 # Two files run at once (-n 0: one), since starting processes and waiting for them leaves cores idle.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # as containers set it: each of hundreds of processes would compile the package, for a second
 source scripts/venv.sh
 if [[ " $* " == *" --quick "* ]]; then
     make_venv test,train
