@@ -69,8 +69,8 @@ def check_manager(_rank: int, _world_size: int, code: str, folder: str) -> None:
 
 
 def check_loop(_rank: int, _world_size: int, code: str, folder: str) -> None:
-    """Saves every 10 steps of 40, and goes on from the last one when it is started again."""
-    code = code.replace('"checkpoints"', f'"{folder}/loop"').replace("1000", "40").replace("100", "10")
+    """Saves every 10 steps of 40, and has nothing left to do when it is started again."""
+    code = code.replace('"checkpoints"', f'"{folder}/loop"').replace("1001", "41").replace("100", "10")
     steps: list[None] = []
     for _ in range(2):
         model = nn.Linear(3, 200)
@@ -78,9 +78,9 @@ def check_loop(_rank: int, _world_size: int, code: str, folder: str) -> None:
         names: dict[str, Any] = {"model": model, "optimizer": optimizer, "train_one_step": lambda: steps.append(None)}
         exec(code, names)
         dist.barrier()  # rank 0 removes the first one after it has told the others that the last one is committed
-        assert names["manager"].steps() == [10, 20, 30]
-    assert len(steps) == 40 + 9
-    assert names["restored"].step == 30
+        assert names["manager"].steps() == [20, 30, 40]
+    assert len(steps) == 40
+    assert names["restored"].step == 40
 
 
 def check_sharded(_rank: int, _world_size: int, code: str, batches_of_a_step: int) -> None:
@@ -177,7 +177,7 @@ def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_commands_of_the_scripts() -> None:
     """Which tests/scripts/test_scripts.py runs."""
-    tested = (ROOT / "tests" / "test_scripts.py").read_text()
+    tested = (ROOT / "tests" / "scripts" / "test_scripts.py").read_text()
     for command in lines(SCRIPTS):
         start, script = command.rsplit(" ", 1)
         assert start in ("OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2", "python")

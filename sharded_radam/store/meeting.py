@@ -37,7 +37,7 @@ import torch.distributed as dist
 from sharded_radam.store.board import Board, StoreLostError, pauses
 from sharded_radam.store.groups import own_group, timeout_of
 from sharded_radam.store.liveness import Acquaintance, Watch
-from sharded_radam.store.verdicts import agreed, error_of, judge, make_post
+from sharded_radam.store.verdicts import agreed, error_of, judge, make_post, name_ranks
 
 T = TypeVar("T")
 
@@ -227,8 +227,8 @@ class Meeting:
             if waited >= patience:
                 break
             if waited > patiently:
-                came = [*self._posts(board, token)]
-                logger.warning("%s: rank %d waits for others (came: %s)", post["what"], self.rank, came)
+                missing = [rank for rank in range(self.world_size) if rank not in self._posts(board, token)]
+                logger.warning("%s: rank %d waits for %s", post["what"], self.rank, name_ranks(missing))
                 patiently = math.inf
         return f"did not come{'' if has_failed else f' within {patience:g} s'}; {_MISSING}"
 
