@@ -27,5 +27,5 @@ else
     fi
 fi
 parallel=
-if python -c 'import xdist' 2>/dev/null; then parallel="-n 2 --dist loadfile"; fi
+if python -c 'import xdist' 2>/dev/null; then parallel="-n 2 --dist loadfile --no-loadscope-reorder"; fi
 python -m pytest $parallel "$@"
