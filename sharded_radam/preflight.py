@@ -23,7 +23,8 @@ from sharded_radam.store.meeting import Meeting
 from sharded_radam.transport import Choice, Transport
 
 FLAGS = ("foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay")
-"""Of a param group, that must be equal on all ranks."""
+"""Of a param group: compared between ranks when the optimizer is built. What users change between steps, such as lr, is
+compared later (``replicas``)."""
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 """Devices that torch has a fused Adam kernel for."""

@@ -22,7 +22,7 @@ _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize"),
     *("foreach", "capturable", "differentiable"),
 )
-"""Options of a param group that a step depends on; what users add to it may differ between ranks."""
+"""Options of a param group that a step depends on, compared at the first step; what users add to it may differ."""
 
 _CUTS = 1000
 """Into so many parts a parameter is cut, again and again, until the first element that differs is found."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,18 @@ def test_every_module_imports_from_lower_floors_only() -> None:
             target = full.removeprefix("sharded_radam").removeprefix(".")
             if full.split(".")[0] == "sharded_radam" and target in modules and target:
                 assert room(target) == own or level[room(target)] < level[own], f"{name} imports {target}"
+
+
+def test_the_floors_are_drawn() -> None:
+    """From top to bottom, in CONTRIBUTING.md."""
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    (drawing,) = re.findall(r"## Floors.*?```\n(.*?)```", page, re.DOTALL)
+    drawn = [line.split() for line in drawing.splitlines() if line[0].isdigit()]
+    rooms = [{room.replace(".", "/") for room in floor} for floor in FLOORS]
+    unnamed = {"", "__main__", "version"}
+    for number, (floor, words) in enumerate(zip(rooms[: len(drawn)], reversed(drawn), strict=True)):
+        assert words[0] == str(number)
+        assert floor - unnamed <= {word.rstrip("/") for word in words}, words
 
 
 def test_only_the_transports_call_collectives() -> None:

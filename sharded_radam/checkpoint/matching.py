@@ -89,10 +89,12 @@ def names_in(saved: SavedOptimizer, groups: Groups, model: nn.Module | None) -> 
     }
 
 
-def merge_groups(
+def match_groups(
     index: Index, saved: SavedOptimizer, groups: Groups, names: ParamNames, files: DataFiles
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Our groups, each with the options of the saved groups that had its parameters, if these have the same.
+
+    Options that were not saved stay as they are.
 
     Returns:
         The groups, and which of them are not so, as text.

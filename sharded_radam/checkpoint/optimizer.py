@@ -21,7 +21,7 @@ from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.nesting import Names, read_nested
 from sharded_radam.checkpoint.format.reading import Target, read_value
 from sharded_radam.checkpoint.format.saved_optimizer import SavedOptimizer, find_optimizer
-from sharded_radam.checkpoint.matching import merge_groups, names_in, names_of
+from sharded_radam.checkpoint.matching import match_groups, names_in, names_of
 from sharded_radam.checkpoint.parts import OfRank0
 from sharded_radam.checkpoint.report import LoadReport, expect_all
 from sharded_radam.checkpoint.undo import Change
@@ -166,7 +166,7 @@ class OptimizerPart:
         saved = find_optimizer(index, files, prefix)
         names = names_in(saved, self.param_groups, self.model)
         matches = self._match(index, saved, names)
-        groups, differing = merge_groups(index, saved, self.param_groups, names, files)
+        groups, differing = match_groups(index, saved, self.param_groups, names, files)
         fitting = [match for match in matches if match.kinds is not None and match.problem is None]
         staged, targets = self._stage(index, files, fitting)
         ranges = [

@@ -19,7 +19,7 @@ from sharded_radam.checkpoint.format.index import Index
 from sharded_radam.checkpoint.format.nesting import Names, read_nested
 from sharded_radam.checkpoint.format.reading import Target
 from sharded_radam.checkpoint.format.saved_optimizer import find_optimizer
-from sharded_radam.checkpoint.matching import merge_groups, names_in, names_of
+from sharded_radam.checkpoint.matching import match_groups, names_in, names_of
 from sharded_radam.checkpoint.parts import OfRank0, Opaque
 from sharded_radam.checkpoint.report import LoadReport, expect_all
 from sharded_radam.checkpoint.undo import PutBack, remember_object, reset
@@ -84,7 +84,7 @@ class OtherPart:
         """
         saved = find_optimizer(index, files, prefix)
         names = names_in(saved, self._groups, self.model)
-        groups, differing = merge_groups(index, saved, self._groups, names, files)
+        groups, differing = match_groups(index, saved, self._groups, names, files)
         packed = pack_groups(groups)
         numbered = {
             number: param

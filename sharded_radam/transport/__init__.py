@@ -34,8 +34,6 @@ __all__ = [
 
 logger = logging.getLogger("sharded_radam")
 
-NAMES = ("gloo", "native", "shared_memory")
-
 REDUCERS: dict[str, type[Reducer]] = {
     "none": AloneReducer,
     "native": NativeReducer,
@@ -43,6 +41,9 @@ REDUCERS: dict[str, type[Reducer]] = {
     "shared_memory": SharedMemoryReducer,
 }
 """By the name of their transport."""
+
+NAMES = sorted(REDUCERS.keys() - {"none"})
+"""That a user may ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def choose(
             was asked for, and there cannot be any.
     """
     if name is not None and name not in NAMES:
-        raise ValueError(f"transport={name!r}: expected None or one of {list(NAMES)}")
+        raise ValueError(f"transport={name!r}: expected None or one of {NAMES}")
     if not dist.is_available() or not dist.is_initialized():
         _warn_if_launched()
         return Choice("none", "torch.distributed is not initialised", None, device)
