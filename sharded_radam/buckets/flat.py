@@ -252,17 +252,6 @@ class Flat:
                 self._copy_in(own)
                 follow_(own.master, own.param)
 
-    def adopt_master(self, slot: int, master: Tensor) -> bool:
-        """Let a parameter that is not of half precision be what it was rounded from, wherever it is that.
-
-        Elsewhere it was changed since: weights were loaded from something else. Returns whether it is so anywhere.
-        """
-        param = self.params[slot].detach()
-        wide = master.to(param)
-        is_rounded = (wide.to(torch.bfloat16) == param) | (wide.to(torch.float16) == param) | (wide == param)
-        param.copy_(torch.where(is_rounded, wide, param))
-        return bool(is_rounded.any())
-
     def _complete_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         for name, view in self.local_state[slot].items():
             if name not in (tensors or {}):
@@ -358,6 +347,18 @@ def find_slot(flats: Sequence[Flat], param: Tensor) -> tuple[int, int]:
         if (slot := flat._index.get(id(param))) is not None:
             return index, slot
     raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of this optimizer's")
+
+
+def adopt_master(param: Tensor, master: Tensor) -> bool:
+    """Let a parameter that is not of half precision be what it was rounded from, wherever it is that.
+
+    Elsewhere it was changed since: weights were loaded from something else. Returns whether it is so anywhere.
+    """
+    param = param.detach()
+    wide = master.to(param)
+    is_rounded = (wide.to(torch.bfloat16) == param) | (wide.to(torch.float16) == param) | (wide == param)
+    param.copy_(torch.where(is_rounded, wide, param))
+    return bool(is_rounded.any())
 
 
 def _restride(view: Tensor, param: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import RAdam
 
+from sharded_radam.buckets.flat import adopt_master
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.build import Shards, follow_groups
 from sharded_radam.preflight import check_shardable
@@ -93,7 +94,7 @@ def take_over(
                 tensors = dict(entry.tensors or {})
                 master = tensors.pop("master", None) if not flat.is_half else None
                 if master is not None and not isinstance(master, RangeTensor):
-                    from_masters += flat.adopt_master(slot, master)
+                    from_masters += adopt_master(param, master)
                 flat.set_state(slot, tensors)
                 _take_over_own(optimizer.state[param], entry.own, param.device)
                 optimizer.state[param].update(flat.local_state[slot])
