@@ -123,8 +123,8 @@ def test_a_rank_that_does_not_come_is_named_and_is_told_when_it_does(world_size:
 
 @pytest.mark.quick
 def test_who_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("sharded_radam.store.meeting._QUIET_S", 0.1)
-    ranks = meetings(4, timeout=1.0)
+    monkeypatch.setattr("sharded_radam.store.meeting._QUIET_S", 0.4)
+    ranks = meetings(4, timeout=2.0)
     together(*(lambda m=m: m.agree("consolidating") for m in ranks[:2]))
     said = [record.getMessage() for record in caplog.records if "waits" in record.getMessage()]
     assert sorted(said) == [f"consolidating: rank {rank} waits for ranks 2, 3" for rank in (0, 1)]
