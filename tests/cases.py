@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,3 +134,8 @@ def noted_reads() -> Iterator[list[files.Extent]]:
 
     with mock.patch.object(files.DataFiles, "_note", noted):
         yield read
+
+
+def num_descriptors() -> int:
+    """How many files this process has open, on Linux."""
+    return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself

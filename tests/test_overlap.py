@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,6 @@ from sharded_radam.transport import Handle
 from tests.cases import assert_same
 from tests.gradients.test_gradients import OPTIONS, SMALL, Training, images, train, unused_on_some_ranks
 from tests.ranks import WORLD_SIZES, run
-
-psutil = pytest.importorskip("psutil")
 
 # Overlap
 
@@ -322,7 +321,7 @@ def proportional() -> int:
     return int(shmem[0].split()[1]) * 1024
 
 
-@pytest.mark.skipif(not psutil.LINUX, reason="reads /proc/self/smaps_rollup")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps_rollup")
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 def test_bytes_of_shared_parameters_on_a_host(world_size: int) -> None:
     """Of the memory in shared mappings; the rest of a process is not the parameters'."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +28,11 @@ from sharded_radam.checkpoint.retention import Record, is_on, latest, next_branc
 from sharded_radam.tools.cli import main
 from tests.checkpoint.test_crashes import die, pair, state_bits
 from tests.ranks import WORLD_SIZES, ends, run
+
+try:
+    from numpy import float32, int64
+except ImportError:  # numpy's numbers are tried where it is
+    float32, int64 = float, int  # type: ignore[assignment]
 
 # The rules, without files
 
@@ -197,7 +201,7 @@ def check_best(rank: int, world_size: int, folder: str) -> None:
     _, optimizer = pair(1)
     manager = CheckpointManager(place, keep=2)
     assert manager.best() is None
-    losses = [3.0, float("nan"), np.float32(1.5), torch.tensor(2.0), None, float("inf")]
+    losses = [3.0, float("nan"), float32(1.5), torch.tensor(2.0), None, float("inf")]
     for step, loss in enumerate(losses, 1):
         # Rank 0's counts.
         manager.save(step, optimizer=optimizer, best=loss if rank == 0 else -1.0, blocking=step % 2 == 0)
@@ -241,7 +245,7 @@ def test_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="best_mode='least': expected one of"):
         CheckpointManager(tmp_path, best_mode="least")
     manager = CheckpointManager(tmp_path)
-    manager.save(np.int64(3))  # type: ignore[arg-type]
+    manager.save(int64(3))  # type: ignore[arg-type]
     assert read_index(tmp_path / "step_3").info["step"] == 3
     with pytest.raises(CheckpointError, match=r"step=1.5: expected a whole number from 0 on"):
         manager.save(1.5)  # type: ignore[arg-type]

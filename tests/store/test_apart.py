@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from torch.nn import Parameter
 from sharded_radam import ShardedRAdam
 from sharded_radam.state import consolidate, dicts
 from sharded_radam.store import meeting
+from tests.cases import num_descriptors
 from tests.ranks import CONTEXT, WORLD_SIZES, run, stop
 
 TIMEOUT_S = 3.0
@@ -588,7 +588,7 @@ def check_too_few(rank: int, world_size: int) -> tuple[str, str, float]:
     """No descriptor can be received on one rank: an error on all, and nothing is left open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     optimizer = ShardedRAdam([Parameter(torch.ones(100))])
-    opened = psutil.Process().num_fds()
+    opened = num_descriptors()
     spare: list[int] = []
     try:
         if rank == world_size - 1:
@@ -602,7 +602,7 @@ def check_too_few(rank: int, world_size: int) -> tuple[str, str, float]:
         for descriptor in spare:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert psutil.Process().num_fds() == opened
+    assert num_descriptors() == opened
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [Parameter(torch.ones(200))]})
     iterate(optimizer)

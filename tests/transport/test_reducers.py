@@ -24,9 +24,8 @@ from sharded_radam.transport import make_transport
 from sharded_radam.transport import sockets as signals
 from sharded_radam.transport.reducers import CHUNK_NUMEL, sum_
 from sharded_radam.transport.shared_memory import SLOTS, SharedMemoryTransport
+from tests.cases import num_descriptors
 from tests.ranks import WORLD_SIZES, RankError, run
-
-psutil = pytest.importorskip("psutil")
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -225,18 +224,17 @@ def test_no_memory_on_one_rank_is_an_error_on_all(world_size: int) -> None:
 
 def check_nothing_is_left(rank: int, world_size: int) -> int:
     """No files while the optimizer lives; no descriptors but the sockets, and none after."""
-    process = psutil.Process()
     gc.collect()  # what earlier tests left in this process has descriptors, too
     dist.barrier()
     shm = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
     dist.barrier()
     before = -1
-    while before != (now := process.num_fds()):  # Gloo closes those of earlier groups in a thread of its own
+    while before != (now := num_descriptors()):  # Gloo closes those of earlier groups in a thread of its own
         before = now
         time.sleep(0.1)
     optimizer = ShardedRAdam([Parameter(torch.ones(1000)), Parameter(torch.ones(3).double())], shard_gradients=True)
     assert isinstance(optimizer._shards.transport, SharedMemoryTransport)
-    held: int = process.num_fds() - before
+    held: int = num_descriptors() - before
     assert not Path("/dev/shm").is_dir() or set(os.listdir("/dev/shm")) <= shm
     dist.barrier()
     optimizer._shards.transport.signals.close()
