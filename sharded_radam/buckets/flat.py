@@ -368,9 +368,12 @@ def _restride(view: Tensor, param: Tensor) -> Tensor:
 
 def _has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
     """As after ``module.to()`` or ``param.data = ...``, and nobody else's: no other tensor, no other process."""
+    # Before ``storage``, which is one of its users in torch 2.6.
+    is_alone = num_users(param) == num_users(torch.empty(1, device=param.device))
     storage = param.untyped_storage()
-    is_alone = storage.nbytes() == param.nbytes and not (param.device.type == "cpu" and storage.is_shared())
-    is_alone = is_alone and num_users(param) == num_users(torch.empty(1, device=param.device))
+    is_alone = (
+        is_alone and storage.nbytes() == param.nbytes and not (param.device.type == "cpu" and storage.is_shared())
+    )
     return is_alone and is_dense(param) and dim_order(param) == spec.dim_order
 
 

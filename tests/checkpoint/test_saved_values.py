@@ -131,7 +131,7 @@ def test_extra_state(tmp_path: Path, saved_at: int) -> None:
 def test_extra_state_that_torch_saved(tmp_path: Path) -> None:
     """Whose parts have names with dots; torch itself loads what it can from ours."""
     value = {"a": {"b": torch.arange(3), "c": 1}, "d": [torch.ones(2), "x"]}
-    dcp_save({"model": keeping([value]).state_dict()}, checkpoint_id=tmp_path / "step_1", no_dist=True)
+    dcp_save({"model": keeping([value]).state_dict()}, checkpoint_id=tmp_path / "step_1")
     model = keeping([{}])
     CheckpointManager(tmp_path).load(1, model=model)
     assert_all_same([model[0].value], [value])
@@ -141,7 +141,7 @@ def test_extra_state_that_torch_saved(tmp_path: Path) -> None:
             [{"a": {"b": torch.zeros(3, dtype=torch.long), "c": 0}, "d": [torch.zeros(2), ""]}]
         ).state_dict()
     }
-    dcp_load(into, checkpoint_id=tmp_path / "step_2", no_dist=True)
+    dcp_load(into, checkpoint_id=tmp_path / "step_2")
     assert_all_same([into["model"]["0._extra_state"]], [value])
 
 

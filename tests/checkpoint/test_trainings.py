@@ -130,7 +130,7 @@ def test_torch_reads_several(tmp_path: Path) -> None:
         "model": {"g": get_model_state_dict(plain)},
         "optim": {"g": get_optimizer_state_dict(plain, optimizer)},
     }
-    dcp_load(state, checkpoint_id=tmp_path / "step_3", no_dist=True)
+    dcp_load(state, checkpoint_id=tmp_path / "step_3")
     set_model_state_dict(plain, state["model"]["g"])
     set_optimizer_state_dict(plain, optimizer, state["optim"]["g"])
     for ours, theirs in zip(gan.g.parameters(), plain.parameters(), strict=True):
