@@ -368,7 +368,7 @@ def _restride(view: Tensor, param: Tensor) -> Tensor:
 
 def _has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
     """As after ``module.to()`` or ``param.data = ...``, and nobody else's: no other tensor, no other process."""
-    # Before ``storage``, which is one of its users in torch 2.6.
+    # Before ``storage``, which is one of its users in torch 2.8 and older.
     is_alone = num_users(param) == num_users(torch.empty(1, device=param.device))
     storage = param.untyped_storage()
     is_alone = (
