@@ -255,7 +255,11 @@ MODES_OF = {
 
 @pytest.mark.parametrize(
     ("world_size", "mode"),
-    [pytest.param(w, mode, marks=[pytest.mark.quick] * (w < 4)) for w in WORLD_SIZES for mode in MODES_OF[w]],
+    [
+        pytest.param(w, mode, marks=[pytest.mark.quick] * ((w, mode) == (2, "sharded")))
+        for w in WORLD_SIZES
+        for mode in MODES_OF[w]
+    ],
 )
 def test_edits_take_effect_as_with_radam(world_size: int, mode: str) -> None:
     run(check_edits, world_size, mode)

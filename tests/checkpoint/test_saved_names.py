@@ -18,8 +18,6 @@ from sharded_radam.checkpoint.format.index import read_index
 from tests.cases import set_grads
 from tests.ranks import run
 
-pytestmark = pytest.mark.quick
-
 Pairs = Iterable[Any]
 
 
@@ -172,6 +170,7 @@ def save_rows(_rank: int, _world_size: int, folder: str) -> None:
         build(row, 3)[1].save(Path(folder, str(number)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("saved_at", [1, 2, 3])
 @pytest.mark.filterwarnings("ignore")
 def test_converted_by_torch(tmp_path: Path, saved_at: int) -> None:

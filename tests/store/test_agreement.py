@@ -105,7 +105,6 @@ def works(group: Group, what: str = "saving b") -> bool:
 SIZES = [2, 3, 8]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("world_size", SIZES)
 def test_operations_one_after_the_other_leave_nothing(world_size: int) -> None:
     group = Group(world_size)
@@ -117,7 +116,6 @@ def test_operations_one_after_the_other_leave_nothing(world_size: int) -> None:
     assert group.store.num_keys() == keys
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("world_size", SIZES)
 @pytest.mark.parametrize("again", ["saving a", "saving b"])
 def test_who_does_not_come_in_time_learns_what_came_of_it(world_size: int, again: str) -> None:
@@ -137,7 +135,6 @@ def test_who_does_not_come_in_time_learns_what_came_of_it(world_size: int, again
             assert works(group, again)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("late", [0, 2])
 def test_who_is_late_joins_if_the_others_call_again(late: int) -> None:
     group = Group(3)
@@ -149,7 +146,6 @@ def test_who_is_late_joins_if_the_others_call_again(late: int) -> None:
     assert one([future.result(30) for future in waiting]) == [0, 1, 2, "done"]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("world_size", SIZES)
 def test_calls_that_differ(world_size: int) -> None:
     group, last = Group(world_size), world_size - 1
@@ -173,7 +169,6 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("kind", PROBLEMS)
 @pytest.mark.parametrize("failing", [0, 2])
 def test_every_problem_is_said(kind: str, failing: int) -> None:
@@ -189,7 +184,6 @@ def test_every_problem_is_said(kind: str, failing: int) -> None:
     assert works(group)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_rank_that_is_interrupted(failing: int, stage: int) -> None:
@@ -230,7 +224,6 @@ class Deed:
         return self._become("withdrawn") == "done"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("world_size", SIZES)
 @pytest.mark.parametrize("moment", ["before its post", "before it is done", "after it is done"])
 def test_rank_0_is_silent_where_it_counts(world_size: int, moment: str) -> None:
@@ -265,7 +258,6 @@ def test_rank_0_is_silent_where_it_counts(world_size: int, moment: str) -> None:
     assert works(group)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("is_done", [True, False])
 def test_the_store_is_lost_where_it_counts(is_done: bool) -> None:
     """Rank 0 has it, and is killed: the others know from what was done."""
@@ -289,7 +281,6 @@ def test_the_store_is_lost_where_it_counts(is_done: bool) -> None:
     assert "the store by which ranks talk is gone" in one(group.call(operation()))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("stage", ["called", "answered", "come", "begun"])
 def test_a_store_that_outlives_its_ranks(stage: str) -> None:
     """They end in the middle of an operation and come back as new processes: nothing of that is read."""
@@ -328,7 +319,6 @@ def test_a_slow_rank_is_not_given_up() -> None:
     assert one(Group(3).call(act)) == "saved"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_that_comes_back_as_a_new_process(victim: int) -> None:
     """It has ended within an operation: the others give it up, and go on with the new one."""
@@ -350,7 +340,6 @@ def test_a_rank_that_comes_back_as_a_new_process(victim: int) -> None:
     assert works(group, "saving a")
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("is_met", [True, False])
 def test_a_process_of_another_host(monkeypatch: pytest.MonkeyPatch, is_met: bool) -> None:
     """That it cannot be reached is a sign only if it could be before: there may be a firewall."""
