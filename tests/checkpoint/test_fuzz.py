@@ -11,7 +11,10 @@ import pytest
 from sharded_radam.compat import VERSION
 from tests.programs import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux"),
+]
 KINDS = (
     *("damage of data", "damage of .metadata", "damage of manifest.json"),
     *("hostile boxes", "hostile chunk", "hostile index", "hostile manifest"),
