@@ -13,7 +13,7 @@ from torch.optim import RAdam
 
 from sharded_radam.arguments import Arguments, Options
 from sharded_radam.arrivals import Arrivals
-from sharded_radam.buckets.flat import Flat
+from sharded_radam.buckets.flat import Flat, has_memory_of_its_own
 from sharded_radam.buckets.memory import check_device, check_memory, is_dense
 from sharded_radam.gradients.hooks import check_not_wrapped
 from sharded_radam.gradients.measures import Whole
@@ -255,6 +255,10 @@ def _make_flats(
     buffers = iter(allocate(sizes) if sizes else ())
     elsewhere = {param for flat in old for param in flat.params_of_others()}
     elsewhere |= {param for param in params if not is_dense(param)}
+    if old:  # somebody may expect what a step writes to be in that memory, as with parameters that are here already
+        laid_out = {param for flat in old for param in flat.params}
+        fresh = [(param, spec) for param, spec in zip(params, plan.params, strict=True) if param not in laid_out]
+        elsewhere |= {param for param, spec in fresh if not has_memory_of_its_own(param, spec)}
     flats = []
     for flat_plan, flat in zip(plan.flats, known, strict=True):
         if flat is None:

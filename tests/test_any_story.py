@@ -335,6 +335,20 @@ def tell_many(number: int) -> None:
         run_state_machine_as_test(machine, settings=limits)
 
 
+TOLD_ONCE: list[list[tuple[str, int]]] = [
+    [("append", 0), ("assign_data", 0), ("iterate", 64)],  # a new parameter in memory that somebody else has
+]
+"""Stories that failed once."""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_stories_that_failed_once(world_size: int) -> None:
+    for events in TOLD_ONCE:
+        for mode in range(len(MODES)):
+            run(tell, world_size, mode, events)
+
+
 @pytest.mark.timeout(600)
 def test_stories() -> None:
     tell_many(500)

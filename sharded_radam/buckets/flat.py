@@ -186,7 +186,7 @@ class Flat:
     def params_of_others(self) -> set[Tensor]:
         """Parameters that are elsewhere, in memory that others have too."""
         pairs = [(self.params[slot], self.specs[slot]) for slot in range(len(self.params)) if self._is_elsewhere(slot)]
-        return {param for param, spec in pairs if not _has_memory_of_its_own(param, spec)}
+        return {param for param, spec in pairs if not has_memory_of_its_own(param, spec)}
 
     def take_back(self, slots: Sequence[int]) -> None:
         """Follow parameters whose ``.data`` was assigned, or that were moved to where they are.
@@ -195,7 +195,7 @@ class Flat:
         the vector of ``vector_to_parameters``) must be where the new values are: it is copied.
         """
         if self.as_views:
-            alone = [slot for slot in slots if _has_memory_of_its_own(self.params[slot], self.specs[slot])]
+            alone = [slot for slot in slots if has_memory_of_its_own(self.params[slot], self.specs[slot])]
             self.copied = set(slots).difference(alone)
             if alone:
                 self._take_in(alone)
@@ -366,7 +366,7 @@ def _restride(view: Tensor, param: Tensor) -> Tensor:
     return view.as_strided(param.size(), param.stride()) if is_dense(param) else view
 
 
-def _has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
+def has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
     """As after ``module.to()`` or ``param.data = ...``, and nobody else's: no other tensor, no other process."""
     # Before ``storage``, which is one of its users in torch 2.8 and older.
     is_alone = num_users(param) == num_users(torch.empty(1, device=param.device))
