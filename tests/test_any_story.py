@@ -337,6 +337,8 @@ def tell_many(number: int) -> None:
 
 TOLD_ONCE: list[list[tuple[str, int]]] = [
     [("append", 0), ("assign_data", 0), ("iterate", 64)],  # a new parameter in memory that somebody else has
+    # a frozen parameter whose step was set to 0, and that has moments
+    [("iterate", 4), ("zero_step", 476), ("freeze_or_thaw", 230), ("save_and_load", 0)],
 ]
 """Stories that failed once."""
 

@@ -120,7 +120,10 @@ def is_left_alone(param: Any, state: Any) -> bool:
     """Whether a parameter is frozen, never took a step, and has nothing else: RAdam has no state for it."""
     if not isinstance(param, Tensor) or param.requires_grad or not isinstance(state, Mapping):
         return False
-    return "exp_avg" in state and not users_own(state) and float(state["step"]) == 0
+    if "exp_avg" not in state or users_own(state) or float(state["step"]) != 0:
+        return False
+    # Of a part of them, ranks could not say the same.
+    return isinstance(state["exp_avg"], RangeTensor) or not (state["exp_avg"].any() or state["exp_avg_sq"].any())
 
 
 def index_state(state: Mapping[Tensor, Any], param_groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
