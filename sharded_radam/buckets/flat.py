@@ -368,13 +368,11 @@ def _restride(view: Tensor, param: Tensor) -> Tensor:
 
 def has_memory_of_its_own(param: Tensor, spec: ParamSpec) -> bool:
     """As after ``module.to()`` or ``param.data = ...``, and nobody else's: no other tensor, no other process."""
-    # Before ``storage``, which is one of its users in torch 2.8 and older.
-    is_alone = num_users(param) == num_users(torch.empty(1, device=param.device))
+    users = num_users(param)  # before ``storage``, which is one of them in torch 2.8 and older
     storage = param.untyped_storage()
-    is_alone = (
-        is_alone and storage.nbytes() == param.nbytes and not (param.device.type == "cpu" and storage.is_shared())
-    )
-    return is_alone and is_dense(param) and dim_order(param) == spec.dim_order
+    is_alone = users == num_users(torch.empty(1, device=param.device)) and storage.nbytes() == param.nbytes
+    is_shared = param.device.type == "cpu" and storage.is_shared()
+    return is_alone and not is_shared and is_dense(param) and dim_order(param) == spec.dim_order
 
 
 def _moved(name: str, what: str) -> str:

@@ -18,23 +18,22 @@ class Replaced:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = {id(param): param for param in params}
+        self._params = frozenset(params)
         self.by: dict[Tensor, tuple[str, Tensor]] = {}
         _all.add(self)
 
     def take(self, old: Iterable[Replaced]) -> None:
         """Know what is known of these parameters elsewhere."""
         for each in old:
-            self.by |= {param: new for param, new in each.by.items() if id(param) in self._params}
+            self.by |= {param: new for param, new in each.by.items() if param in self._params}
 
     def note(self, module: Module, name: str, param: Parameter | None) -> None:
         """A module is about to have ``param`` under a name."""
-        before = module._parameters.get(name)
         if param is None:
             return
-        if id(param) in self._params:
-            self.by.pop(param, None)
-        if before is not None and before is not param and id(before) in self._params:
+        self.by.pop(param, None)
+        before = module._parameters.get(name)
+        if before is not None and before is not param and before in self._params:
             self.by[before] = f"{type(module).__name__}.{name}", param
 
 

@@ -227,7 +227,8 @@ class Meeting:
             if waited >= patience:
                 break
             if waited > patiently:
-                missing = [rank for rank in range(self.world_size) if rank not in self._posts(board, token)]
+                came = self._posts(board, token)
+                missing = [rank for rank in range(self.world_size) if rank not in came]
                 logger.warning("%s: rank %d waits for %s", post["what"], self.rank, name_ranks(missing))
                 patiently = math.inf
         return f"did not come{'' if has_failed else f' within {patience:g} s'}; {_MISSING}"
