@@ -287,6 +287,8 @@ class Metrics:
     def __init__(self, file: Path | None, tensorboard: Path | None) -> None:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_file() and not (written := file.read_bytes()).endswith(b"\n"):
+                os.truncate(file, written.rfind(b"\n") + 1)  # a killed run had begun a line
         self._file = file.open("a") if file is not None else None
         self._writer: Any = None
         if tensorboard is not None:

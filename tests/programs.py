@@ -135,7 +135,8 @@ def train(ranks: int, *flags: object, check: bool = True) -> subprocess.Complete
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records that are whole; the last line may be half written while the run goes on."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def wait_for(condition: Any, seconds: float) -> None:

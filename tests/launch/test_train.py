@@ -35,6 +35,7 @@ def test_saves_resumes_and_continues_at_other_world_sizes(tmp_path: Path) -> Non
     assert {"loss", "grad_norm", "lr", "optimizer_ms", "tokens_per_s"} < whole[0].keys()
     for ranks in (1, 3):
         file = tmp_path / f"{ranks}.jsonl"
+        file.write_text('{"step": 8, "lo')  # as a run leaves it that was killed
         train(ranks, "--steps", 14, "--resume", one, "--metrics", file)
         started, *resumed = metrics(file)
         assert started == {"step": 8, "started_ranks": ranks}
