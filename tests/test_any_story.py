@@ -295,6 +295,13 @@ def tell(_rank: int, _world_size: int, mode: int, events: list[tuple[str, int]])
     Story(**MODES[mode]).tell(events)
 
 
+def tell_one_by_one(_rank: int, _world_size: int, mode: int, events: list[tuple[str, int]]) -> None:
+    """Compare after each event, which reads gradients."""
+    story = Story(**MODES[mode])
+    for event in events:
+        story.tell([event])
+
+
 class Stories(RuleBasedStateMachine):
     """Of one rank as they are told; those of several are told by all of them in the end."""
 
@@ -339,6 +346,8 @@ TOLD_ONCE: list[list[tuple[str, int]]] = [
     [("append", 0), ("assign_data", 0), ("iterate", 64)],  # a new parameter in memory that somebody else has
     # a frozen parameter whose step was set to 0, and that has moments
     [("iterate", 4), ("zero_step", 476), ("freeze_or_thaw", 230), ("save_and_load", 0)],
+    # a parameter that is frozen while groups are laid out anew
+    [("freeze_or_thaw", 1), ("split", 0), ("freeze_or_thaw", 1), ("step", 0), ("iterate", 2)],
 ]
 """Stories that failed once."""
 
@@ -349,6 +358,7 @@ def test_stories_that_failed_once(world_size: int) -> None:
     for events in TOLD_ONCE:
         for mode in range(len(MODES)):
             run(tell, world_size, mode, events)
+            run(tell_one_by_one, world_size, mode, events)
 
 
 @pytest.mark.timeout(600)

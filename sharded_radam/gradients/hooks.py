@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,11 +86,10 @@ class Hooks:
         hook = self._hooks.get(key)
         return hook is not None and hook.owner() not in (self._owner(), None)
 
-    def leave(self, params: Iterable[tuple[SlotKey, Tensor]], staying: Set[Tensor]) -> None:
-        """Remove the own hooks of parameters that go. Keep those that stay, whose keys will be others."""
-        for key, param in params:
-            hook = self._hooks.get(key)
-            if hook is not None and param not in staying and hook.owner is self._owner and hook.handle is not None:
+    def leave(self) -> None:
+        """Remove the own hooks, also of parameters that stay: their keys will be others, and some are frozen now."""
+        for hook in self._hooks.values():
+            if hook.owner is self._owner and hook.handle is not None:
                 hook.handle.remove()
                 hook.owner, hook.handle = _nobody, None
         self._hooks.clear()

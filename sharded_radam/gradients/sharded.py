@@ -75,7 +75,7 @@ class ShardedGradients:
         # All before the first is assigned: an assigned gradient is taken back into its shard when the next is read.
         for param, grad in zip(leaving, [self.whole(param) for param in leaving], strict=True):
             param.grad = grad
-        self._hooks.leave(self.params(), staying)
+        self._hooks.leave()
         sources = [(flat, {"sum": self.sums.elements(index)}) for index, flat in enumerate(self.sums.flats)]
         self._set_flats(flats)
         self._hooks.listen(self.params(), take_over=True)
