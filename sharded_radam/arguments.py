@@ -7,8 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
+
+REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _DEBUG_CHECK_STEPS = 100
 """How often replicas are compared under TORCH_DISTRIBUTED_DEBUG."""
@@ -24,6 +27,8 @@ class Options:
     shard_gradients: bool
     check_gradients: bool
     check_replicas: int
+    compiled: bool = False
+    reduce_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class Arguments:
     process_group: dist.ProcessGroup | None
     bucket_cap_mb: float
     fused: bool | None
+    compiled: bool
     foreach: bool | None
     differentiable: bool
     parameters_as_bucket_view: bool
@@ -41,6 +47,7 @@ class Arguments:
     check_gradients: bool
     check_replicas: int
     share_parameters: bool
+    reduce_dtype: torch.dtype | None
     module: nn.Module | None
 
     def check(self, world_size: int) -> None:
@@ -49,14 +56,10 @@ class Arguments:
             raise ValueError(f"bucket_cap_mb={self.bucket_cap_mb}: expected a size in MiB, above 0 and finite")
         if not isinstance(self._check_replicas(), int) or self._check_replicas() < 0:
             raise ValueError(f"check_replicas={self.check_replicas}: expected a number of steps, or 0")
-        if (self.check_gradients or self.module is not None) and not self.shard_gradients:
-            raise ValueError("check_gradients=True and module= are for shard_gradients=True")
+        self._check_gradients()
         if self.share_parameters and not self.parameters_as_bucket_view:
             raise ValueError("share_parameters=True excludes parameters_as_bucket_view=False")
-        if self.fused and (self.foreach or self.differentiable):
-            raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
-        if self.differentiable and self.foreach:
-            raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
+        self._check_engine()
         if self.differentiable and (self.shard_gradients or self.share_parameters):
             raise ValueError("differentiable=True excludes shard_gradients=True and share_parameters=True")
         if self.differentiable and world_size > 1:
@@ -66,6 +69,26 @@ class Arguments:
                 "as torch.distributed.new_subgroups(1) makes it: the whole state is then on every rank, as RAdam's"
             )
 
+    def _check_gradients(self) -> None:
+        if (self.check_gradients or self.module is not None) and not self.shard_gradients:
+            raise ValueError("check_gradients=True and module= are for shard_gradients=True")
+        if self.reduce_dtype is not None and not self.shard_gradients:
+            raise ValueError(
+                "reduce_dtype= is for shard_gradients=True: DistributedDataParallel has communication hooks"
+            )
+        if self.reduce_dtype not in (None, *REDUCE_DTYPES):
+            raise ValueError(f"reduce_dtype={self.reduce_dtype!r}: expected None or one of {REDUCE_DTYPES}")
+
+    def _check_engine(self) -> None:
+        if self.fused and (self.foreach or self.differentiable):
+            raise ValueError("fused=True excludes foreach=True and differentiable=True: choose one of them")
+        if self.compiled and (self.fused or self.foreach or self.differentiable):
+            raise ValueError(
+                "compiled=True excludes fused=True, foreach=True and differentiable=True: choose one of them"
+            )
+        if self.differentiable and self.foreach:
+            raise ValueError("differentiable=True excludes foreach=True: foreach operations don't support autograd")
+
     def _check_replicas(self) -> int:
         is_debug = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() in ("INFO", "DETAIL")
         return _DEBUG_CHECK_STEPS if is_debug and not self.check_replicas else self.check_replicas
@@ -74,17 +97,20 @@ class Arguments:
         """Those that the optimizer keeps."""
         as_views = self.parameters_as_bucket_view and not self.differentiable
         interval, gradients = self._check_replicas(), (self.shard_gradients, self.check_gradients)
-        return Options(self.fused, self.bucket_cap_mb, as_views, *gradients, interval)
+        others = (bool(self.compiled), self.reduce_dtype)
+        return Options(self.fused, self.bucket_cap_mb, as_views, *gradients, interval, *others)
 
     def offer(self) -> dict[str, Any]:
         """What must be equal on all ranks, as JSON values."""
         return {
             "bucket_cap_mb": float(self.bucket_cap_mb),
             "fused": self.fused and bool(self.fused),
+            "compiled": bool(self.compiled),
             "parameters_as_bucket_view": bool(self.parameters_as_bucket_view),
             "transport": self.transport,
             "shard_gradients": bool(self.shard_gradients),
             "check_gradients": bool(self.check_gradients),
+            "reduce_dtype": None if self.reduce_dtype is None else str(self.reduce_dtype),
             "check_replicas": self._check_replicas(),
             "share_parameters": bool(self.share_parameters),
             "module": None if self.module is None else "a model",

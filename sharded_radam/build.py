@@ -13,13 +13,16 @@ from torch.optim import RAdam
 
 from sharded_radam.arguments import Arguments, Options
 from sharded_radam.arrivals import Arrivals
-from sharded_radam.buckets.flat import Flat, has_memory_of_its_own
+from sharded_radam.buckets.flat import DTYPES, Flat, has_memory_of_its_own
 from sharded_radam.buckets.memory import check_device, check_memory, is_dense
+from sharded_radam.compiled import compile_for
+from sharded_radam.dtypes import wide
 from sharded_radam.gradients.hooks import check_not_wrapped
 from sharded_radam.gradients.measures import Whole
 from sharded_radam.gradients.sharded import ShardedGradients
 from sharded_radam.plan import FlatPlan, ShardPlan, make_plan
 from sharded_radam.preflight import Draft, agree, broadcast_, complete_groups, describe, find_twice, has_members
+from sharded_radam.radam import Hyperparameters
 from sharded_radam.state.dicts import Entry, read_entry
 from sharded_radam.state.edits import find_edits, set_counts, take_back
 from sharded_radam.state.gather import move
@@ -210,7 +213,17 @@ def make_draft(groups: Sequence[Mapping[str, Any]], options: Options, world_size
         check_device(params)
     if options.shard_gradients:
         check_not_wrapped(params)
+    if options.compiled:
+        _compile(groups, options)
     return Draft(groups, params, make_plan(specs, world_size, options.bucket_cap_mb), {})
+
+
+def _compile(groups: Sequence[Mapping[str, Any]], options: Options) -> None:
+    """Compile the updates of groups, of which the first steps would wait for it otherwise."""
+    for group in groups:
+        hyper = Hyperparameters.of(group)
+        for dtype, device in {(param.dtype, param.device) for param in group["params"] if param.dtype in DTYPES}:
+            compile_for(dtype, wide(dtype) if options.shard_gradients else dtype, device, hyper, group["capturable"])
 
 
 @torch.no_grad()
@@ -311,8 +324,10 @@ def _settle(optimizer: RAdam, shards: Shards, flats: Sequence[Flat]) -> None:
     if shards.gradients is not None:
         shards.gradients.lay_out(shards.flats)
     elif shards.options.shard_gradients:
-        check = shards.options.check_gradients
-        shards.gradients = ShardedGradients(shards.flats, shards.transport, check, shards.module)
+        options, transport = shards.options, shards.transport
+        shards.gradients = ShardedGradients(
+            shards.flats, transport, options.check_gradients, shards.module, options.reduce_dtype
+        )
     for flat in gone:
         flat.release()
     shards.transport.keep([flat.buffer for flat in flats])

@@ -55,6 +55,9 @@ class ShardedRAdam(RAdam, Joinable):
         foreach: True for torch's foreach update, False for its for-loop; bit-equal to RAdam's of that flag.
         fused: True for one pass over memory by torch's fused Adam kernel (see :mod:`sharded_radam.radam`), which
             differs from RAdam in the last bits. If neither is given: fused on CPU, RAdam's choice elsewhere.
+        compiled: True for one pass over memory in every precision, by what torch.compile makes of the equation (see
+            :mod:`sharded_radam.compiled`). It differs from RAdam in the last bits. Compiled at construction, which
+            takes 5 to 40 seconds, and needs a compiler: g++ or clang++ on CPU, Triton on CUDA.
         process_group: whose ranks share the state; the default group if None. Without one, or with one rank, nothing
             is communicated.
         bucket_cap_mb: size of a bucket in MiB.
@@ -67,6 +70,8 @@ class ShardedRAdam(RAdam, Joinable):
             See ``no_sync``, ``clip_grad_norm_``, ``full_grad``, ``map_grads_``. Between two steps
             all ranks run the same number of backward passes, and each of them reaches one parameter that the others
             reach too.
+        reduce_dtype: with ``shard_gradients``, the dtype in which gradients travel; that of their parameters if None.
+            Whatever it is, the sums are of fp32, or fp64 for such parameters.
         check_gradients: with ``shard_gradients``, log local gradients that are not finite before they are reduced, with
             rank and name, and raise on all ranks before the update. Reads every gradient once more.
         check_replicas: compare what must be equal on all ranks (see the method of this name) every so many steps. With
@@ -104,6 +109,7 @@ class ShardedRAdam(RAdam, Joinable):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
+        compiled: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -112,6 +118,7 @@ class ShardedRAdam(RAdam, Joinable):
         parameters_as_bucket_view: bool = True,
         transport: str | None = None,
         shard_gradients: bool = False,
+        reduce_dtype: torch.dtype | None = None,
         check_gradients: bool = False,
         check_replicas: int = 0,
         share_parameters: bool = False,
@@ -125,11 +132,13 @@ class ShardedRAdam(RAdam, Joinable):
             process_group=process_group,
             bucket_cap_mb=bucket_cap_mb,
             fused=fused,
+            compiled=compiled,
             foreach=foreach,
             differentiable=differentiable,
             parameters_as_bucket_view=parameters_as_bucket_view,
             transport=transport,
             shard_gradients=shard_gradients,
+            reduce_dtype=reduce_dtype,
             check_gradients=check_gradients,
             check_replicas=check_replicas,
             share_parameters=share_parameters,

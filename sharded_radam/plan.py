@@ -19,13 +19,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 ALIGNMENT = 64
 """Elements; slots and shards begin on its multiples."""
+
+FULL_DEVICE_NUMEL = 2**25
+"""Elements that fill an accelerator: torch's kernels for lists of tensors give 65,536 to each block, and an H100 has
+132 multiprocessors for several blocks each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,20 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements of one shard, from one slot or from several and the padding between them.
+
+    It begins and ends on multiples of ``ALIGNMENT``. ``flat_start`` and ``local_start`` are as those of a piece;
+    ``parts`` are the parts of pieces in it, in their order.
+    """
+
+    flat_start: int
+    local_start: int
+    numel: int
+    parts: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FlatPlan:
     """The layout of one flat of ``numel`` elements, padding included, for all ranks."""
 
@@ -106,6 +124,17 @@ class FlatPlan:
         start, stop = self.bucket_range(bucket)
         return start // self.world_size, stop // self.world_size
 
+    def calls(self, device_type: str) -> list[range]:
+        """The buckets, put together so that one call of an engine updates some of them.
+
+        On a CPU one bucket a call: what is in the cache stays there. Elsewhere so many that the own elements of a call
+        fill the device, and no more, so that the first ones travel while the next are updated.
+        """
+        step = 1
+        if device_type != "cpu":
+            step = max(1, -(-FULL_DEVICE_NUMEL * self.world_size // self.bucket_numel))
+        return [range(at, min(at + step, self.num_buckets)) for at in range(0, self.num_buckets, step)]
+
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """All pieces of one rank, in the order of the flat; those of one parameter adjoin among the own shards."""
         found = []
@@ -116,6 +145,14 @@ class FlatPlan:
                 first = start - self.slots[slot].start
                 found.append(Piece(slot, bucket, first, stop - start, start, start + to_local))
         return tuple(found)
+
+    def padding(self, rank: int) -> list[range]:
+        """Where the own shards of a rank, put one after the other, have no elements of parameters."""
+        found, end = [], 0
+        for piece in self.pieces(rank):
+            found.append(range(end, piece.local_start))
+            end = piece.local_start + piece.numel
+        return [part for part in (*found, range(end, self.local_numel)) if part]
 
     def buckets_of(self, slot: int) -> range:
         """The buckets that have elements of a slot."""
@@ -131,6 +168,44 @@ class FlatPlan:
                 break
             if slot.numel:
                 yield index, max(slot.start, start), min(slot.start + slot.numel, stop)
+
+
+def stretches(pieces: Iterable[Piece], separate_numel: float = math.inf) -> list[Stretch]:
+    """Put the pieces of one shard that adjoin, but for padding, into one stretch each.
+
+    Args:
+        pieces: in the order of the flat; some may be left out.
+        separate_numel: pieces of so many elements are stretches of their own, but for what is left of them at the end
+            after the last multiple of ``ALIGNMENT``.
+    """
+    found: list[list[Piece]] = []
+    end, is_open = -1, False
+    for piece in pieces:
+        whole = piece.numel // ALIGNMENT * ALIGNMENT
+        rest = piece.numel - whole
+        if whole and piece.numel >= separate_numel:
+            found.append([_part(piece, 0, whole)])
+            end, is_open = piece.flat_start + whole, False
+            if not rest:
+                continue
+            piece = _part(piece, whole, rest)
+        if is_open and piece.flat_start == end:
+            found[-1].append(piece)
+        else:
+            found.append([piece])
+        end, is_open = _round_up(piece.flat_start + piece.numel, ALIGNMENT), True
+    made = []
+    for parts in found:
+        first, last = parts[0], parts[-1]
+        numel = _round_up(last.flat_start + last.numel - first.flat_start, ALIGNMENT)
+        made.append(Stretch(first.flat_start, first.local_start, numel, tuple(parts)))
+    return made
+
+
+def _part(piece: Piece, offset: int, numel: int) -> Piece:
+    starts = (piece.start, piece.flat_start, piece.local_start)
+    start, flat_start, local_start = (at + offset for at in starts)
+    return Piece(piece.slot, piece.bucket, start, numel, flat_start, local_start)
 
 
 @dataclass(frozen=True, slots=True)

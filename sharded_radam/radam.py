@@ -11,7 +11,7 @@ threshold 5 of :class:`torch.optim.RAdam`. At step t (from 1), with gradient g::
                 r = sqrt((rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho))
     rho <= 5:   p = p - lr (m / bias1)                                                      "unrectified"
 
-Three engines compute it. ``for-loop`` and ``foreach`` are torch's own functional ``radam`` and give its bits.
+Four engines compute it. ``for-loop`` and ``foreach`` are torch's own functional ``radam`` and give its bits.
 ``fused`` is torch's fused Adam kernel, one pass over memory, with scalars for which Adam is RAdam. Adam does
 ``p = p - lr' (m / bias1) / (sqrt(v) / sqrt(bias2) + eps')``, hence:
 
@@ -20,6 +20,9 @@ Three engines compute it. ``for-loop`` and ``foreach`` are torch's own functiona
   Scaling by a power of two is exact, and the denominator is never 0, whatever eps is.
 
 Decoupled decay multiplies p by ``1 - lr' wd'``, so ``wd' = wd lr / lr'``.
+
+The fourth, ``compiled``, is one pass over memory in every precision: torch.compile makes one kernel of ``equation_``
+(see :mod:`sharded_radam.compiled`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.optim.radam import radam
 
-Engine = Literal["for-loop", "foreach", "fused"]
+Engine = Literal["for-loop", "foreach", "fused", "compiled"]
 
 CPU_CHUNK_NUMEL = 2**18
 """On CPU the engines that need temporaries work on so many elements at a time: 1 MiB of fp32 stays in the cache."""
@@ -212,11 +215,106 @@ def _fused_(operands: Sequence[Operands], step: int, hyper: Hyperparameters) -> 
     )
 
 
+class Terms(NamedTuple):
+    """What the equation takes of one step: numbers, or 0-d tensors of the moments' dtype (``is_rectified``: bool)."""
+
+    one_minus_beta1: float | Tensor
+    beta2: float | Tensor
+    one_minus_beta2: float | Tensor
+    eps: float | Tensor
+    weight_decay: float | Tensor
+    decay: float | Tensor
+    """``1 - lr wd``, for decoupled decay."""
+    is_rectified: Tensor
+    rectified_size: Tensor
+    """``lr r sqrt(bias2) / bias1``."""
+    unrectified_size: Tensor
+    """``lr / bias1``."""
+
+
+class Form(NamedTuple):
+    """Which of the equation's forms a param group has."""
+
+    has_decay: bool
+    is_decoupled: bool
+    maximize: bool
+
+    @classmethod
+    def of(cls, hyper: Hyperparameters) -> Form:
+        """That of some hyperparameters."""
+        return cls(hyper.weight_decay != 0, hyper.decoupled_weight_decay, hyper.maximize)
+
+
+def equation_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, terms: Terms, form: Form) -> None:
+    """One step of RAdam, as plain tensor code (param, exp_avg, exp_avg_sq: modified in place).
+
+    Zeros stay zeros if eps is above 0.
+    """
+    if form.maximize:
+        grad = -grad
+    if form.has_decay and form.is_decoupled:
+        param.mul_(terms.decay)
+    elif form.has_decay:
+        grad = grad + param * terms.weight_decay
+    exp_avg.lerp_(grad, terms.one_minus_beta1)
+    exp_avg_sq.mul_(terms.beta2).addcmul_(grad * terms.one_minus_beta2, grad)
+    # Chosen elementwise and not multiplied by 0, since 0 / 0 of an unrectified step with eps = 0 would be NaN.
+    denominator = exp_avg_sq.sqrt().add_(terms.eps)
+    size = torch.where(terms.is_rectified, terms.rectified_size / denominator, terms.unrectified_size)
+    param.addcmul_(exp_avg, size, value=-1)
+
+
+def terms_on_device(step: Tensor, hyper: Hyperparameters, dtype: torch.dtype) -> Terms:
+    """Those of a step whose number is on the device, without waiting for it.
+
+    The scalars are computed in float64, unlike torch's, whose float32 begins rectification at the wrong step for some
+    beta2.
+
+    Args:
+        step: 0-d float64 tensor, the number of this step, from 1.
+        hyper: the group's hyperparameters; ``lr`` may be a tensor on that device.
+        dtype: of the moments.
+    """
+    lr = hyper.lr.reshape(()).to(torch.float64) if isinstance(hyper.lr, Tensor) else hyper.lr
+    bias_correction1, bias_correction2 = 1 - hyper.beta1**step, 1 - hyper.beta2**step
+    rho_inf = 2 / (1 - hyper.beta2) - 1
+    rho = rho_inf - 2 * step * hyper.beta2**step / bias_correction2
+    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
+    decay = 1 - lr * hyper.weight_decay
+    return Terms(
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        hyper.eps,
+        hyper.weight_decay,
+        decay.to(dtype) if isinstance(decay, Tensor) else decay,
+        rho > 5,
+        (lr * rect * bias_correction2.sqrt() / bias_correction1).to(dtype),
+        (lr / bias_correction1).to(dtype),
+    )
+
+
+def terms_on_host(step: int, hyper: Hyperparameters, dtype: torch.dtype) -> Terms:
+    """Those of a step whose number is known, as tensors on the CPU, from scalars in float64.
+
+    Args:
+        step: number of this step, from 1.
+        hyper: the group's hyperparameters.
+        dtype: of the moments.
+    """
+    lr, (bias_correction1, bias_correction2, rect) = float(hyper.lr), scalars(step, hyper.beta1, hyper.beta2)
+    size = lr / bias_correction1
+    rectified_size = 0.0 if rect is None else size * rect * math.sqrt(bias_correction2)
+    decay = 1 - lr * hyper.weight_decay
+    numbers = (1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps, hyper.weight_decay, decay)
+    *tensors, rectified, unrectified = torch.tensor([*numbers, rectified_size, size], dtype=dtype).unbind()
+    return Terms._make([*tensors, torch.tensor(rect is not None), rectified, unrectified])
+
+
 def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters) -> None:
     """One step of RAdam whose number is on the device (param, moments, master: modified in place).
 
-    No host-device synchronisation, so that a CUDA graph can capture it. The scalars are computed in float64, unlike
-    torch's, whose float32 begins rectification at the wrong step for some beta2.
+    No host-device synchronisation, so that a CUDA graph can capture it.
 
     Args:
         operands: pieces of one dtype and device.
@@ -225,30 +323,8 @@ def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperp
     """
     if not operands:
         return
-    dtype = operands[0].exp_avg.dtype
-    lr = hyper.lr.reshape(()).to(torch.float64) if isinstance(hyper.lr, Tensor) else hyper.lr
-    bias_correction1, bias_correction2 = 1 - hyper.beta1**step, 1 - hyper.beta2**step
-    rho_inf = 2 / (1 - hyper.beta2) - 1
-    rho = rho_inf - 2 * step * hyper.beta2**step / bias_correction2
-    rectified = rho > 5
-    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
-    unrectified_size = (lr / bias_correction1).to(dtype)
-    rectified_size = (lr * rect * bias_correction2.sqrt() / bias_correction1).to(dtype)
-    decay = 1 - lr * hyper.weight_decay
-    if isinstance(decay, Tensor):
-        decay = decay.to(dtype)
+    terms, form = terms_on_device(step, hyper, operands[0].exp_avg.dtype), Form.of(hyper)
     wide = _widen(operands)
     for param, grad, exp_avg, exp_avg_sq, _ in wide:
-        if hyper.maximize:
-            grad = -grad
-        if hyper.weight_decay != 0:
-            if hyper.decoupled_weight_decay:
-                param.mul_(decay)
-            else:
-                grad = grad.add(param, alpha=hyper.weight_decay)
-        exp_avg.lerp_(grad, 1 - hyper.beta1)
-        exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
-        # Chosen elementwise and not multiplied by 0, since 0 / 0 of an unrectified step with eps = 0 would be NaN.
-        size = torch.where(rectified, rectified_size / exp_avg_sq.sqrt().add_(hyper.eps), unrectified_size)
-        param.addcmul_(exp_avg, size, value=-1)
+        equation_(param, grad, exp_avg, exp_avg_sq, terms, form)
     _round_(operands, wide)

@@ -6,22 +6,21 @@ Every rank enters the same collectives, whatever its gradients are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
-from torch import Tensor
 from torch.optim import RAdam
 
 from sharded_radam import step_differentiable
 from sharded_radam.buckets.counters import Cohort
-from sharded_radam.buckets.flat import Flat, ShardPiece
-from sharded_radam.buckets.memory import flat_gradient
+from sharded_radam.buckets.flat import Flat
 from sharded_radam.build import Shards, follow_groups
 from sharded_radam.gradients.measures import divide_
-from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+from sharded_radam.radam import Engine, Hyperparameters
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state.edits import find_edits, group_of, has_param, take_back
 from sharded_radam.transport import Handle
+from sharded_radam.update import OwnGradients, update_buckets
 
 
 def evaluate(closure: Callable[[], float] | None) -> float | None:
@@ -121,20 +120,21 @@ def _update_differentiably(optimizer: RAdam, shards: Shards, cohorts: Sequence[S
 
 
 def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Sequence[Cohort]]) -> None:
-    """The three phases; the first two bucket by bucket, the third in the background of the next buckets."""
+    """The three phases; the first two some buckets at a time, the third in the background of the next buckets."""
     handles: dict[tuple[int, int], list[Handle]] = {}
     transport, meter = shards.transport, shards.transport.meter
     with meter.phase("all_gather"):
         transport.begin_update()
     for index, (flat, flat_cohorts) in enumerate(zip(shards.flats, cohorts, strict=True)):
-        gradient_of = _gradients_of(shards, flat)
+        own = OwnGradients(flat, None if shards.gradients is None else shards.gradients.sums)
         hyper, engine = Hyperparameters.of(group_of(optimizer, flat)), engine_of(optimizer, shards, flat)
-        for bucket in range(flat.plan.num_buckets):
+        for buckets in flat.plan.calls(flat.buffer.device.type):
             with meter.phase("update"):
-                update_bucket(flat, bucket, flat_cohorts, gradient_of, hyper, engine)
+                update_buckets(flat, buckets, flat_cohorts, own, hyper, engine)
             with meter.phase("all_gather"):
-                transport.count("all_gather", flat.bucket(bucket))
-                handles[index, bucket] = transport.all_gather(flat.bucket(bucket))
+                for bucket in buckets:
+                    transport.count("all_gather", flat.bucket(bucket))
+                    handles[index, bucket] = transport.all_gather(flat.bucket(bucket))
         flat.note_updated(slot for cohort in flat_cohorts for slot in cohort.slots)
     with meter.phase("all_gather"):
         transport.end_update()
@@ -147,68 +147,14 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
         flat.copy_out()
 
 
-GradientOf = Callable[[ShardPiece], Tensor]
-"""The gradient of a piece, as 1-D real numbers."""
-
-
-def _gradients_of(shards: Shards, flat: Flat) -> GradientOf:
-    """Phase 1: from the shards' sums, or from ``param.grad``, which is flattened when its first piece comes."""
-    reals = flat.reals
-    if shards.gradients is not None:
-        sums = shards.gradients.sum_of(flat)
-        return lambda own: sums.narrow(0, reals * own.piece.local_start, reals * own.piece.numel)
-
-    @cache
-    def whole(slot: int) -> Tensor:
-        grad = flat.params[slot].grad
-        assert grad is not None
-        return flat_gradient(grad, flat.specs[slot])
-
-    def gradient_of(own: ShardPiece) -> Tensor:
-        grad, piece = whole(own.piece.slot), own.piece
-        is_all = piece.numel == flat.plan.slots[piece.slot].numel
-        return grad if is_all else grad.narrow(0, reals * piece.start, reals * piece.numel)
-
-    return gradient_of
-
-
-def update_bucket(
-    flat: Flat,
-    bucket: int,
-    cohorts: Sequence[Cohort],
-    gradient_of: GradientOf,
-    hyper: Hyperparameters,
-    engine: Engine,
-) -> None:
-    """Phase 2: update the own pieces of a bucket, each with the number of its step.
-
-    Args:
-        flat: whose bucket.
-        bucket: its number.
-        cohorts: of the flat.
-        gradient_of: phase 1.
-        hyper: of the flat's param group.
-        engine: of the flat.
-    """
-    flat.copy_in(bucket)
-    for cohort in cohorts:
-        operands = [
-            Operands(own.param, gradient_of(own), own.exp_avg, own.exp_avg_sq, own.master)
-            for own in flat.pieces[bucket]
-            if own.piece.slot in cohort.slots
-        ]
-        if isinstance(cohort.step, Tensor):
-            capturable_update_(operands, cohort.step, hyper)
-        else:
-            update_(operands, engine, cohort.step, hyper)
-
-
 def engine_of(optimizer: RAdam, shards: Shards, flat: Flat) -> Engine:
     """How a flat is updated: as asked for; otherwise fused on CPU, and as RAdam does elsewhere."""
     foreach, fused = group_of(optimizer, flat)["foreach"], shards.options.fused
     is_on_cpu = flat.buffer.device.type == "cpu"
     if optimizer.defaults["differentiable"]:
         return "for-loop"
+    if shards.options.compiled:
+        return "compiled"
     if fused or (fused is None and foreach is None and is_on_cpu):
         return "fused"
     return "foreach" if foreach or (foreach is None and not is_on_cpu) else "for-loop"

@@ -18,12 +18,12 @@ PACKAGE = Path(sharded_radam.__file__).parent
 
 FLOORS = [
     {"compat", "version", "callers", "dtypes", "plan", "radam"},
-    {"store"},
+    {"store", "compiled"},
     {"transport"},
     {"buckets"},
     {"state", "arrivals", "step_differentiable", "replicas", "preflight", "arguments"},
     {"gradients", "checkpoint.format"},
-    {"build"},
+    {"build", "update"},
     {"step", "state.consolidate", "state.load", "uneven_inputs", "checkpoint"},
     {"stats"},
     {"optimizer"},

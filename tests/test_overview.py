@@ -83,13 +83,14 @@ def check_gradients(_rank: int, world_size: int) -> None:
                 optimizer.zero_grad()
             found = optimizer.stats()
             assert found.gradient_bytes == flat.buffer.numel() // world_size * 4
-            sent = torch.float32 if transport == "native" and world_size > 1 else dtype  # half precision, widened
+            # Half precision is packed into one half of each slot of native, and received into the other.
+            memory = torch.float32 if transport == "native" and world_size > 1 else dtype
             slots = {"native": 2, "gloo": 4, "shared_memory": 3}[transport] if world_size > 1 else 1
-            assert found.bucket_bytes == slots * flat.plan.bucket_numel * sent.itemsize
+            assert found.bucket_bytes == slots * flat.plan.bucket_numel * memory.itemsize
             assert {"update", "all_gather", "reduce_scatter"} == found.milliseconds.keys()
             if world_size > 1:
                 assert found.collectives["reduce_scatter"] == NUM_STEPS * found.num_buckets
-                expected = NUM_STEPS * others(flat.buffer.numel() * sent.itemsize, world_size)
+                expected = NUM_STEPS * others(flat.buffer.numel() * dtype.itemsize, world_size)
                 assert found.received_bytes["reduce_scatter"] == expected
                 assert found.collectives["broadcast"] == len(list(model.parameters()))
             before = found.collectives.get("all_reduce", 0)

@@ -104,6 +104,74 @@ def test_pieces_of_a_parameter_adjoin_in_local_memory(
                     assert one.local_start + one.numel == other.local_start
 
 
+@pytest.mark.parametrize(
+    ("left_out", "separate_numel", "wanted"),
+    [
+        # first element in the flat, number of elements, and the slots
+        (set(), float("inf"), [(0, 16, [0, 1, 2]), (16, 8, [2])]),
+        ({1}, float("inf"), [(0, 8, [0]), (12, 4, [2]), (16, 8, [2])]),
+        (set(), 4, [(0, 4, [0]), (4, 8, [0, 1]), (12, 4, [2]), (16, 4, [2]), (20, 4, [2])]),
+        ({0, 2}, 4, [(8, 4, [1])]),
+        ({0, 1, 2}, 4, []),
+    ],
+)
+def test_stretches_of_the_drawing(
+    monkeypatch: pytest.MonkeyPatch, left_out: set[int], separate_numel: float, wanted: list[tuple[int, int, list[int]]]
+) -> None:
+    """Those of one rank, which has all that is drawn."""
+    monkeypatch.setattr(plans, "ALIGNMENT", 4)
+    (flat,) = make_plan([spec("a", (7,)), spec("b", (3,)), spec("c", (2, 5))], 1, 16 * 4 / 2**20).flats
+    found = []
+    for bucket in range(flat.num_buckets):
+        pieces = [piece for piece in flat.pieces(0) if piece.bucket == bucket and piece.slot not in left_out]
+        made = plans.stretches(pieces, separate_numel)
+        found += [(each.flat_start, each.numel, [part.slot for part in each.parts]) for each in made]
+    assert found == wanted
+
+
+@given(params, st.integers(1, 8), st.floats(1e-6, 1e-2), st.sampled_from([64, 1000, float("inf")]), st.data())
+@settings(max_examples=200, deadline=None)
+def test_stretches_have_their_pieces_and_padding_only(
+    drawn: list[tuple[tuple[int, ...], torch.dtype, int]],
+    world_size: int,
+    cap: float,
+    separate: float,
+    data: st.DataObject,
+) -> None:
+    specs = [spec(str(i), shape, dtype, group) for i, (shape, dtype, group) in enumerate(drawn)]
+    for flat in make_plan(specs, world_size, cap).flats:
+        rank = data.draw(st.integers(0, world_size - 1))
+        chosen = data.draw(st.sets(st.integers(0, len(flat.slots) - 1)))
+        padding = {at for part in flat.padding(rank) for at in part}
+        pieces = flat.pieces(rank)
+        assert padding.isdisjoint(at for p in pieces for at in range(p.local_start, p.local_start + p.numel))
+        assert len(padding) + sum(piece.numel for piece in pieces) == flat.local_numel
+        for bucket in range(flat.num_buckets):
+            wanted = [piece for piece in pieces if piece.bucket == bucket and piece.slot in chosen]
+            elements: list[int] = []
+            covered: list[int] = []
+            for stretch in plans.stretches(wanted, separate):
+                assert stretch.flat_start % ALIGNMENT == stretch.numel % ALIGNMENT == 0
+                assert stretch.local_start - stretch.flat_start == wanted[0].local_start - wanted[0].flat_start
+                covered += range(stretch.local_start, stretch.local_start + stretch.numel)
+                for part in stretch.parts:
+                    elements += range(part.local_start, part.local_start + part.numel)
+            assert elements == [at for p in wanted for at in range(p.local_start, p.local_start + p.numel)]
+            assert len(covered) == len(set(covered))
+            assert set(covered) - set(elements) <= padding
+
+
+def test_calls_fill_an_accelerator_and_are_buckets_on_a_cpu() -> None:
+    mib = 2**20
+    specs = [spec("a", (512 * mib,))]  # 2 GiB, 82 buckets of 25 MiB
+    for world_size, calls in [(1, 14), (8, 2), (64, 1)]:
+        (flat,) = make_plan(specs, world_size).flats
+        assert [len(buckets) for buckets in flat.calls("cpu")] == [1] * flat.num_buckets
+        found = flat.calls("cuda")
+        assert [bucket for buckets in found for bucket in buckets] == [*range(flat.num_buckets)]
+        assert len(found) == calls
+
+
 def test_slots_do_not_depend_on_world_size_or_cap() -> None:
     specs = [spec("a", (1000, 3)), spec("b", (7,)), spec("c", (129,))]
     slots = {make_plan(specs, w, cap).flats[0].slots for w in (1, 2, 3, 1024) for cap in (1e-4, 1.0)}

@@ -24,6 +24,7 @@ from sharded_radam.buckets.memory import (
 )
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.buckets.replaced import Replaced
+from sharded_radam.buckets.stretches import Stretches
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import follow_
@@ -92,6 +93,7 @@ class Flat:
         self._pieces_of: list[list[ShardPiece]] = [[] for _ in self.params]
         for own in (own for pieces in self.pieces for own in pieces):
             self._pieces_of[own.piece.slot].append(own)
+        self.stretches = Stretches(self.buffer, self.state, [[own.piece for own in each] for each in self.pieces])
         self.local_state = [self._views_of_state(slot) for slot in range(len(plan.slots))]
         self._state_addresses = self._addresses_of_state()
         self.counters = Counters([0.0] * len(plan.slots), torch.device("cpu"))

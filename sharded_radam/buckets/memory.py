@@ -83,7 +83,10 @@ def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
 
 def flat_gradient(grad: Tensor, spec: ParamSpec) -> Tensor:
     """A parameter's gradient as 1-D real numbers, in the order in which the parameter is in its slot."""
-    return as_real(flatten(grad.detach().resolve_conj().resolve_neg(), spec.dim_order))
+    grad = grad.detach()
+    if grad.is_neg() or grad.is_conj():
+        grad = grad.resolve_conj().resolve_neg()
+    return as_real(flatten(grad, spec.dim_order))
 
 
 def as_real(tensor: Tensor) -> Tensor:

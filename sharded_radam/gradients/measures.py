@@ -20,6 +20,9 @@ from sharded_radam.transport import Transport
 
 logger = logging.getLogger("sharded_radam")
 
+NORM_NUMEL = 2**18
+"""The norm of so many elements is in their dtype, and what is made of these norms in float64."""
+
 
 class Gradients(Protocol):
     """All gradients of an optimizer."""
@@ -89,7 +92,8 @@ def norm(gradients: Whole | Sharded, norm_type: float) -> Tensor:
     transport, order = gradients.transport, float(norm_type)
     device = transport.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    norms = [torch.linalg.vector_norm(piece, order).to(dtype) for _, _, piece in gradients.pieces()]
+    parts = [part for own in gradients.own() if own.numel() for part in torch.split(own, NORM_NUMEL)]
+    norms = [each.to(dtype) for each in torch._foreach_norm(parts, order)] if parts else []
     if math.isinf(order):
         largest = torch.stack(norms).max() if norms else torch.zeros((), dtype=dtype, device=device)
         return transport.all_reduce(largest, dist.ReduceOp.MAX)

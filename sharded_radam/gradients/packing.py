@@ -27,20 +27,24 @@ class _Part(NamedTuple):
 class Sums:
     """The mean gradients of the own shards of some flats, and which parameters have one in there.
 
-    ``totals[i]`` is 1-D with the layout of ``flats[i].state``: real numbers, fp32 for half precision. Padding in it is
-    undefined, and so are elements of parameters that are not in there.
+    ``totals[i]`` is 1-D with the layout of ``flats[i].state``: real numbers, fp32 for half precision. After ``finish``
+    padding in it is zero; elements of parameters that are not in there are undefined.
 
     Args:
         flats: of the optimizer.
         transport: of their ranks.
+        reduce_dtype: in which gradients travel; that of their parameters if None.
     """
 
-    def __init__(self, flats: Sequence[Flat], transport: Transport) -> None:
+    def __init__(self, flats: Sequence[Flat], transport: Transport, reduce_dtype: torch.dtype | None = None) -> None:
         self.flats = list(flats)
+        self._dtypes = [reduce_dtype or flat.buffer.dtype.to_real() for flat in flats]
         self.totals: list[Tensor] = []
         for flat in flats:
             dtype = flat.state["exp_avg"].dtype.to_real()
             self.totals.append(zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device))
+        self._views = [_views_of(flat, total) for flat, total in zip(flats, self.totals, strict=True)]
+        self._padding = [_padding_of(flat) for flat in flats]
         self.reducer: Reducer | None = None
         self._transport = transport
         self._parts = {
@@ -58,7 +62,8 @@ class Sums:
         return self.reducer
 
     def _sizes(self) -> list[tuple[int, torch.dtype]]:
-        return [(flat.reals * flat.plan.bucket_numel, flat.buffer.dtype.to_real()) for flat in self.flats]
+        numels = [flat.reals * flat.plan.bucket_numel for flat in self.flats]
+        return list(zip(numels, self._dtypes, strict=True))
 
     def shard_bytes(self) -> int:
         """Bytes of the sums."""
@@ -71,6 +76,10 @@ class Sums:
     def total_of(self, flat: Flat) -> Tensor:
         """The sums of a flat."""
         return next(total for total, each in zip(self.totals, self.flats, strict=True) if each is flat)
+
+    def views_of(self, flat: Flat) -> dict[int, Tensor]:
+        """The sums of a flat's own pieces, as real numbers, by where they begin in the own shards."""
+        return next(views for views, each in zip(self._views, self.flats, strict=True) if each is flat)
 
     def elements(self, index: int) -> Tensor:
         """The sums of a flat as elements of its parameters, which may be complex."""
@@ -120,13 +129,14 @@ class Sums:
         with self._transport.meter.phase("reduce_scatter"):
             reducer = self.make_reducer()
             self._erase_dropped(where)
-            bucket = reducer.open(flat.reals * (stop - first), flat.buffer.dtype.to_real())
+            bucket = reducer.open(flat.reals * (stop - first), self._dtypes[launch.flat])
             targets, sources, empty = [], [], []
             for part in self._parts[where]:
                 target = bucket.narrow(0, part.offset, part.numel)
                 if part.slot in grads:
                     targets.append(target)
-                    sources.append(grads[part.slot].narrow(0, part.start, part.numel))
+                    grad = grads[part.slot]
+                    sources.append(grad if part.numel == grad.numel() else grad.narrow(0, part.start, part.numel))
                 else:
                     empty.append(target)
             reducer.fill(targets, sources)
@@ -150,14 +160,27 @@ class Sums:
                     self.totals[where[0]].narrow(0, start, numel).zero_()
 
     def finish(self) -> None:
-        """Wait for all that is under way."""
+        """Wait for all that is under way. What was packed between parameters, or scaled with inf, becomes zero."""
         if self.reducer is not None:
             self.reducer.finish()
+        for flat, total, padding in zip(self.flats, self.totals, self._padding, strict=True):
+            total.view(-1, flat.reals).index_fill_(0, padding, 0)
 
     def restart(self) -> None:
         """Forget what is under way, on all ranks."""
         if self.reducer is not None:
             self.reducer.restart()
+
+
+def _views_of(flat: Flat, total: Tensor) -> dict[int, Tensor]:
+    pieces, reals = (own.piece for in_bucket in flat.pieces for own in in_bucket), flat.reals
+    return {piece.local_start: total.narrow(0, reals * piece.local_start, reals * piece.numel) for piece in pieces}
+
+
+def _padding_of(flat: Flat) -> Tensor:
+    """Places in the own shards that are no parameter's."""
+    places = [at for part in flat.plan.padding(flat.rank) for at in part]
+    return torch.tensor(places, dtype=torch.int64, device=flat.buffer.device)
 
 
 def _parts_of(flat: Flat, bucket: int) -> list[_Part]:

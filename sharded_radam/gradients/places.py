@@ -37,20 +37,18 @@ class Places:
             ]
             for index, flat in enumerate(sums.flats)
         ]
+        self._all = [
+            ((index, slot), param) for index, flat in enumerate(sums.flats) for slot, param in enumerate(flat.params)
+        ]
+        self._at = {key: (param, self.shards[key[0]][key[1]]) for key, param in self._all}
         # Parameters that had a gradient on some rank when all was reduced last.
         self.has_grad: set[SlotKey] = set()
         # Parameters in whose ``.grad`` the shard was left.
         self._placed: set[SlotKey] = set()
 
-    def params(self) -> Iterator[tuple[SlotKey, Tensor]]:
+    def params(self) -> Sequence[tuple[SlotKey, Tensor]]:
         """All parameters, flat by flat in the order of their slots."""
-        for index, flat in enumerate(self._sums.flats):
-            for slot, param in enumerate(flat.params):
-                yield (index, slot), param
-
-    def param(self, key: SlotKey) -> Tensor:
-        """The parameter of a slot."""
-        return self._sums.flats[key[0]].params[key[1]]
+        return self._all
 
     def shard(self, key: SlotKey) -> GradShard:
         """The shard of a slot's gradient."""
@@ -60,37 +58,40 @@ class Places:
 
     def take(self, key: SlotKey) -> None:
         """Move the local gradient out of ``.grad``, where its shard stays."""
-        shard, grad = self.shard(key), self.param(key).grad
+        param, shard = self._at[key]
+        grad = param.grad
         local = grad.fresh if isinstance(grad, GradShard) else grad
         if grad is None:  # dropped by a hook
             shard.forget()
         if local is not None:
             shard.send(self._checked(local, key))
             shard.fresh = None
-            self._place(key)
+            param.grad = shard
+            self._placed.add(key)
 
     def _place(self, key: SlotKey) -> None:
-        self.param(key).grad = self.shard(key)
+        param, shard = self._at[key]
+        param.grad = shard
         self._placed.add(key)
 
     def _checked(self, grad: Tensor, key: SlotKey) -> Tensor:
-        name = self.shard(key).spec.name
         if grad.is_sparse:
-            raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{name}')")
+            raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{self.shard(key).spec.name}')")
         if self._finite is not None:
-            self._finite.look(grad, name)
+            self._finite.look(grad, self.shard(key).spec.name)
         return grad
 
     def to_send(self, launch: Launch) -> dict[int, Tensor]:
         """The local gradients of a launch that were taken, and not dropped since, by slot."""
-        local = {slot: self.shard((launch.flat, slot)).sending for slot in launch.slots}
-        present = {slot for slot in launch.slots if self.param((launch.flat, slot)).grad is not None}
-        return {slot: grad for slot, grad in local.items() if grad is not None and slot in present}
+        params, shards = self._sums.flats[launch.flat].params, self.shards[launch.flat]
+        local = ((slot, shards[slot].sending) for slot in launch.slots)
+        return {slot: grad for slot, grad in local if grad is not None and params[slot].grad is not None}
 
     def release(self, flat: int, slots: Iterable[int]) -> None:
         """Let local gradients go that were sent."""
+        shards = self.shards[flat]
         for slot in slots:
-            self.shards[flat][slot].sending = None
+            shards[slot].sending = None
 
     # What stands in .grad
 
@@ -101,12 +102,12 @@ class Places:
     def place_others(self) -> None:
         """Leave the shards of gradients that only other ranks have."""
         for key in self.has_grad:
-            if self.param(key).grad is None:
+            if self._at[key][0].grad is None:
                 self._place(key)
 
     def is_present(self, key: SlotKey) -> bool:
         """Whether there is a gradient."""
-        return key in self.has_grad and self.param(key).grad is not None
+        return key in self.has_grad and self._at[key][0].grad is not None
 
     def adopt(self, key: SlotKey) -> None:
         """Have a gradient that somebody has put into the sums."""
@@ -116,15 +117,15 @@ class Places:
 
     def follow_assigned(self) -> None:
         """Take what was assigned to ``.grad`` after backward, as it is: as under DDP, all ranks assign the same."""
-        for key, param in self.params():
-            shard = self.shard(key)
-            if param.grad is not None and param.grad is not shard:
-                shard.assign(self._checked(param.grad, key))
+        for key, (param, shard) in self._at.items():
+            grad = param.grad
+            if grad is not None and grad is not shard:
+                shard.assign(self._checked(grad, key))
                 self.adopt(key)
 
     def follow_dropped(self) -> None:
         """Forget gradients that somebody dropped since; where all that this rank knows of are, those of others too."""
-        lost = [key for key in self._placed if not isinstance(self.param(key).grad, GradShard)]
+        lost = [key for key in self._placed if not isinstance(self._at[key][0].grad, GradShard)]
         if lost and len(lost) == len(self._placed):
             self._sums.drop_all()
         for key in lost:
@@ -141,9 +142,14 @@ class Places:
         if self._finite is not None:
             self._finite.forget()
 
-    def pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
-        """Parameter, elements in memory order, and 1-D view of the gradient, of all own pieces that have one."""
-        for key, param in self.params():
-            if self.is_present(key):
-                for start, piece in self.shard(key).pieces:
+    def present(self, index: int) -> list[bool]:
+        """Which parameters of a flat have gradients."""
+        params, has_grad = self._sums.flats[index].params, self.has_grad
+        return [(index, slot) in has_grad and param.grad is not None for slot, param in enumerate(params)]
+
+    def pieces(self, index: int) -> Iterator[tuple[Tensor, range, Tensor]]:
+        """Parameter, elements in memory order, and 1-D view of the gradient, of a flat's own pieces that have one."""
+        for slot, param in enumerate(self._sums.flats[index].params):
+            if self.is_present((index, slot)):
+                for start, piece in self.shard((index, slot)).pieces:
                     yield param, range(start, start + piece.numel()), piece

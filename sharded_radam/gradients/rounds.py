@@ -42,6 +42,8 @@ class State(Enum):
     # And a GradScaler has unscaled them.
     UNSCALED = auto()
 
+    __hash__ = object.__hash__  # Enum's is written in Python, and each gradient asks for it
+
 
 class Event(Enum):
     """What changes the state."""
@@ -60,6 +62,8 @@ class Event(Enum):
     UNSCALE = auto()
     # A step has used the gradients, or was skipped; or zero_grad() is about to drop them, and has ended the round.
     STEP = auto()
+
+    __hash__ = object.__hash__
 
 
 _DUE, _OPEN, _COMPLETE, _REDUCED, _UNSCALED = State

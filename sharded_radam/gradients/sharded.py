@@ -40,12 +40,19 @@ class ShardedGradients:
         transport: of their ranks.
         check: report gradients that are not finite before they are reduced.
         module: whose ``require_backward_grad_sync`` counts as DistributedDataParallel's.
+        reduce_dtype: in which gradients travel; that of their parameters if None.
     """
 
     def __init__(
-        self, flats: Sequence[Flat], transport: Transport, check: bool, module: nn.Module | None = None
+        self,
+        flats: Sequence[Flat],
+        transport: Transport,
+        check: bool,
+        module: nn.Module | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.transport = transport
+        self._reduce_dtype = reduce_dtype
         self._finite = FiniteCheck(transport) if check else None
         self._syncs = True  # outside of no_sync
         self._switches = {} if module is None else module.__dict__
@@ -58,7 +65,7 @@ class ShardedGradients:
         self._hooks.listen(self.params(), take_over=True)
 
     def _set_flats(self, flats: Sequence[Flat]) -> None:
-        self.sums = Sums(flats, self.transport)
+        self.sums = Sums(flats, self.transport, self._reduce_dtype)
         self.rounds = Rounds([flat.plan for flat in flats])
         self.places = Places(self.sums, weakref.ref(self), self._finite)
 
@@ -91,17 +98,12 @@ class ShardedGradients:
         """Collective the first time: the reducer for the buckets of all flats."""
         return self.sums.make_reducer()
 
-    def sum_of(self, flat: Flat) -> Tensor:
-        """The mean gradients of the own shards of a flat."""
-        return self.sums.total_of(flat)
-
-    def params(self) -> Iterator[tuple[SlotKey, Tensor]]:
+    def params(self) -> Sequence[tuple[SlotKey, Tensor]]:
         """All parameters, flat by flat in the order of their slots."""
         return self.places.params()
 
     # Backward
 
-    @torch.no_grad()
     def arrive(self, key: SlotKey) -> None:
         """Note that backward has accumulated a gradient; reduce what the ones before have made complete."""
         self.settle()
@@ -117,7 +119,6 @@ class ShardedGradients:
             self._end_round()  # another backward has begun
         self._arriving = key
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Take the gradient that came last: all hooks of its parameter have run."""
         key, self._arriving = self._arriving, None
@@ -137,6 +138,7 @@ class ShardedGradients:
             self._launch_next()
         self.rounds.end()
 
+    @torch.no_grad()  # with create_graph=True, hooks run with gradients enabled
     def _launch_next(self) -> None:
         launch, done = self.rounds.next_launch()
         self._send(launch)
@@ -186,12 +188,12 @@ class ShardedGradients:
             self._follow_arrivals()
             self._hooks.listen(self.params(), take_over=False)
         with self.transport.meter.phase("reduce_scatter"):
-            self.make_reducer().finish()
+            self.make_reducer()
+            self.sums.finish()
         if self._finite is not None:
             self._finite.agree()
         self.places.follow_assigned()
-        flats = enumerate(self.sums.flats)
-        return [[self.places.is_present((i, slot)) for slot in range(len(flat.params))] for i, flat in flats]
+        return [self.places.present(index) for index in range(len(self.sums.flats))]
 
     def reduce_once(self) -> None:
         """Collective the first time after a backward pass: reduce all that is left."""
@@ -258,12 +260,18 @@ class ShardedGradients:
     # What is read and changed between backward and step
 
     def own(self) -> list[Tensor]:
-        """1-D real views of all pieces of the own shards whose parameter has a gradient."""
-        return [as_real(piece) for _, _, piece in self.pieces()]
+        """1-D real views of all that the own shards have of gradients: a flat in one, if all of its parameters have."""
+        found = []
+        for index, total in enumerate(self.sums.totals):
+            if all(self.places.present(index)):
+                found.append(total)
+            else:
+                found += [as_real(piece) for _, _, piece in self.places.pieces(index)]
+        return found
 
     def pieces(self) -> Iterator[tuple[Tensor, range, Tensor]]:
         """Parameter, elements in memory order, and 1-D view of the gradient, of all own pieces that have one."""
-        return self.places.pieces()
+        return (each for index in range(len(self.sums.flats)) for each in self.places.pieces(index))
 
     @torch.no_grad()
     def whole(self, param: Tensor) -> Tensor | None:

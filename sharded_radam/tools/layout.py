@@ -99,10 +99,9 @@ def bytes_received(plan: ShardPlan, transport: str) -> tuple[int, int]:
     gradients = parameters = 0
     for flat in plan.flats:
         dtype = dtype_of(plan, flat)
-        sent = state_itemsize(dtype) if transport == "native" else dtype.itemsize
         for bucket in range(flat.num_buckets):
             start, stop = flat.bucket_range(bucket)
-            gradients += others((stop - start) * sent, flat.world_size)
+            gradients += others((stop - start) * dtype.itemsize, flat.world_size)
             if transport != "shared_memory, share_parameters":
                 parameters += others((stop - start) * dtype.itemsize, flat.world_size)
     return gradients, parameters

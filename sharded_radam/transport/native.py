@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_radam.compat import all_gather_single, reduce_scatter_single
-from sharded_radam.dtypes import wide
+from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.transport.base import Handle, Transport, as_bytes
 from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, sum_, typed
 
@@ -43,7 +43,10 @@ class NativeTransport(Transport):
 
 
 class NativeReducer(Reducer):
-    """Half-precision gradients travel as fp32: not every backend sums them, and none in fp32."""
+    """The backend's reduce-scatter. Half-precision gradients go through an all-to-all as they are, and are summed here.
+
+    Not every backend sums them, and none in fp32.
+    """
 
     num_slots = UNDER_WAY
 
@@ -55,25 +58,32 @@ class NativeReducer(Reducer):
 
     @staticmethod
     def slot_bytes(buckets: Sequence[tuple[int, torch.dtype]]) -> int:
+        # Half precision is packed into the first half, and received into the second.
         return Reducer.slot_bytes([(numel, wide(dtype)) for numel, dtype in buckets])
 
     def open(self, numel: int, dtype: torch.dtype) -> Tensor:
         self._queue.make_room()
-        self._bucket = typed(self._slots[0], numel, wide(dtype))
+        self._bucket = typed(self._slots[0], numel, dtype)
         return self._bucket
 
     def close(self, out: Tensor, accumulate: bool, mark: int) -> None:
-        shard = self._bucket.chunk(self._transport.world_size)[self._transport.rank]
+        bucket, ranks, group = self._bucket, self._transport.world_size, self._transport.group
         with self._transport._losing():
-            work = reduce_scatter_single(shard, self._bucket, self._transport.group)
-        handle = Handle(work, shard, lost=partial(self._transport.lose, None))
-        self._queue.add(partial(self._complete, handle, shard, out, accumulate))
+            if bucket.dtype in HALF_DTYPES:
+                received = typed(self._slots[0].narrow(0, bucket.nbytes, bucket.nbytes), bucket.numel(), bucket.dtype)
+                work = dist.all_to_all_single(as_bytes(received), as_bytes(bucket), group=group, async_op=True)
+                parts = received.chunk(ranks)
+            else:
+                parts = bucket.chunk(ranks)[self._transport.rank : self._transport.rank + 1]
+                work = reduce_scatter_single(parts[0], bucket, group)
+        handle = Handle(work, bucket, *parts, lost=partial(self._transport.lose, None))
+        self._queue.add(partial(self._complete, handle, parts, out, accumulate))
         self._slots.rotate(-1)
 
-    def _complete(self, handle: Handle, shard: Tensor, out: Tensor, accumulate: bool) -> None:
+    def _complete(self, handle: Handle, parts: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
         handle.wait()
         # Only sums are portable; the mean is formed here.
-        sum_(out, [shard], accumulate, self._transport.world_size)
+        sum_(out, parts, accumulate, self._transport.world_size)
 
     def finish(self) -> None:
         self._queue.finish()

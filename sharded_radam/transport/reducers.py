@@ -20,8 +20,9 @@ class Reducer(ABC):
 
     ``open``, ``fill`` and ``close`` follow each other; every rank calls them for the same buckets in the same order. A
     bounded number of buckets is under way. Each shard is ``(g0 / N + g1 / N) + g2 / N + ...`` for N ranks, summed in
-    their order; for half precision ``((g0 + g1) + g2 + ...) / N`` in fp32. ``native`` divides last, too, and sums in
-    the order of the backend. It has memory for ``num_slots`` buckets of the largest size.
+    their order; for half precision ``((g0 + g1) + g2 + ...) / N`` in fp32. Half precision travels as it is. ``native``
+    always divides last, and sums what is not of half precision in the order of the backend. It has memory for
+    ``num_slots`` buckets of the largest size.
     """
 
     num_slots: int
@@ -119,6 +120,8 @@ class SummingReducer(Reducer):
         for target, source in zip(targets, sources, strict=True):
             if self._divides_last(target):
                 target.copy_(source)
+            elif source.dtype != target.dtype:  # which ``div`` would divide in the dtype of the source
+                target.copy_(source).div_(self.world_size)
             else:
                 torch.div(source, self.world_size, out=target)
 

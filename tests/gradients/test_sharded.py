@@ -128,6 +128,57 @@ def test_grad_scaler(world_size: int) -> None:
     run(check_scaler, world_size)
 
 
+# Dtypes in which gradients travel
+
+
+def check_reduce_dtype(rank: int, world_size: int) -> None:
+    """Sums are those of rounded gradients, in fp32 and in the order of the ranks; bytes are the dtype's."""
+    for transport in transports(world_size):
+        for dtype, reduce_dtype in [
+            (torch.float32, torch.bfloat16),
+            (torch.bfloat16, None),
+            (torch.bfloat16, torch.float32),
+            (torch.float64, torch.float32),
+        ]:
+            params = [Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((70, 9), (300,), (5,))]
+            optimizer = ShardedRAdam(
+                params, transport=transport, shard_gradients=True, reduce_dtype=reduce_dtype, bucket_cap_mb=2e-3
+            )
+            sent = reduce_dtype or dtype
+            grads = [
+                [torch.randn(p.shape, generator=torch.Generator().manual_seed(r), dtype=torch.float64) for p in params]
+                for r in range(world_size)
+            ]
+            before = optimizer.stats().received_bytes.get("reduce_scatter", 0)
+            terms = [(param * grad.to(dtype)).sum() for param, grad in zip(params, grads[rank], strict=True)]
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+            found = [optimizer.full_grad(param) for param in params]
+            (flat,) = optimizer._shards.flats
+            num_bytes = flat.buffer.numel() * sent.itemsize // world_size * (world_size - 1)
+            assert optimizer.stats().received_bytes.get("reduce_scatter", 0) - before == num_bytes
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            for index, whole in enumerate(found):
+                rounded = [each[index].to(dtype).to(sent).to(wide) for each in grads]
+                wanted = torch.stack(rounded).sum(0) / world_size
+                assert whole is not None
+                tolerance = 1e-6 if dtype == torch.float32 or sent == torch.float32 else 1e-12
+                if dtype == torch.bfloat16:  # full_grad rounds to the parameter's dtype
+                    tolerance = 8e-3
+                torch.testing.assert_close(whole.to(wide), wanted, rtol=tolerance, atol=tolerance)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradients_travel_in_the_dtype_asked_for(world_size: int) -> None:
+    run(check_reduce_dtype, world_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"], ids=str)
+def test_they_travel_in_floats(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"reduce_dtype=.*expected None or one of"):
+        ShardedRAdam([Parameter(torch.ones(2))], shard_gradients=True, reduce_dtype=dtype)
+
+
 # Memory, counts, order
 
 
@@ -357,6 +408,7 @@ def test_arguments_that_exclude_each_other() -> None:
         (("differentiable", True), ("shard_gradients", True)): "differentiable=True excludes",
         (("differentiable", True), ("share_parameters", True)): "differentiable=True excludes",
         (("check_gradients", True),): "check_gradients=True and module= are for shard_gradients=True",
+        (("reduce_dtype", torch.bfloat16),): "reduce_dtype= is for shard_gradients=True",
         (("module", nn.Linear(1, 1)),): "check_gradients=True and module= are for shard_gradients=True",
         (("share_parameters", True), ("parameters_as_bucket_view", False)): "excludes parameters_as_bucket_view=False",
     }.items():

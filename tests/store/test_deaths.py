@@ -38,7 +38,7 @@ def in_backward(model: nn.Sequential, optimizer: ShardedRAdam, fatal: Callable[.
 
 
 def in_step(model: nn.Sequential, optimizer: ShardedRAdam, fatal: Callable[..., None]) -> None:
-    step.update_bucket = fatal
+    step.update_buckets = fatal  # type: ignore[attr-defined]
 
 
 def in_gather(model: nn.Sequential, optimizer: ShardedRAdam, fatal: Callable[..., None]) -> None:

@@ -294,6 +294,10 @@ OTHER: dict[str, tuple[Callable[[bool], dict[str, Any]], str]] = {
         lambda odd: {"shard_gradients": True, "check_gradients": odd},
         "check_gradients differs between ranks",
     ),
+    "reduce_dtype": (
+        lambda odd: {"shard_gradients": True, "reduce_dtype": torch.bfloat16 if odd else None},
+        "reduce_dtype differs between ranks: rank 0 has None, rank {last} has 'torch.bfloat16'",
+    ),
     "views": (lambda odd: {"parameters_as_bucket_view": odd}, "parameters_as_bucket_view differs between ranks"),
     "fused": (lambda odd: {"fused": odd or None}, "fused differs between ranks: rank 0 has None, rank {last} has True"),
     "module": (

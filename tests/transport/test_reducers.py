@@ -65,7 +65,7 @@ def check_reducers(rank: int, world_size: int) -> None:
                 for bucket, numel in enumerate(sizes):
                     parts = [values(r, bucket, numel, dtype).chunk(world_size)[rank] for r in range(world_size)]
                     wanted = mean(parts, wide) + (2.0 if accumulate else 0.0)
-                    if name == "native" and world_size > 2:  # in the backend's order
+                    if name == "native" and world_size > 2 and dtype == wide:  # in the backend's order
                         torch.testing.assert_close(outs[bucket], wanted)
                     else:
                         assert torch.equal(outs[bucket], wanted), (name, dtype, accumulate, bucket)

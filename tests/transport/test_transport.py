@@ -17,8 +17,8 @@ from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.compat import ALL_GATHER
-from sharded_radam.step import update_bucket
 from sharded_radam.transport import make_transport
+from sharded_radam.update import update_buckets
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
 
@@ -238,7 +238,7 @@ def check_overlap(_rank: int, _world_size: int) -> None:
     params = make_params()
     optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3)
     order: list[str] = []
-    network, update = optimizer._shards.transport, update_bucket
+    network, update = optimizer._shards.transport, update_buckets
     gather = network.all_gather
 
     class Waits:
@@ -258,7 +258,7 @@ def check_overlap(_rank: int, _world_size: int) -> None:
         update(*args)
 
     set_grads(params, 1)
-    with mock.patch.object(network, "all_gather", gathering), mock.patch("sharded_radam.step.update_bucket", updating):
+    with mock.patch.object(network, "all_gather", gathering), mock.patch("sharded_radam.step.update_buckets", updating):
         optimizer.step()
     buckets = optimizer._shards.flats[0].plan.num_buckets
     assert order[: 2 * buckets] == ["update", "gather"] * buckets

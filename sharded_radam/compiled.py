@@ -1,0 +1,129 @@
+"""The compiled engine: torch.compile makes one kernel of the equation, for each dtype and form of a param group.
+
+It reads and writes each element once, also in half precision, where other engines need four passes: the master follows
+the parameter, is updated, and is rounded into it. All numbers of a step are 0-d tensors, so that no step and no other
+lr compiles anything anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_radam.dtypes import HALF_DTYPES, wide
+from sharded_radam.plan import ALIGNMENT
+from sharded_radam.radam import Form, Hyperparameters, Operands, Terms, equation_, terms_on_device, terms_on_host
+
+logger = logging.getLogger("sharded_radam")
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Terms, Form], None]
+
+
+def _update_(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, terms: Terms, form: Form
+) -> None:
+    if master is None:
+        equation_(param, grad, exp_avg, exp_avg_sq, terms, form)
+        return
+    master.copy_(torch.where(_rounds_to(master, param), master, param.to(master.dtype)))
+    equation_(master, grad.to(master.dtype), exp_avg, exp_avg_sq, terms, form)
+    param.copy_(master)
+
+
+def _rounds_to(master: Tensor, param: Tensor) -> Tensor:
+    """Where ``master.to(param.dtype) == param``, by their bits: compilers drop a rounding that is widened again."""
+    if param.dtype != torch.bfloat16:
+        return master.to(param.dtype).view(torch.int16) == param.view(torch.int16)
+    # Twice as fast: the distance is at most half of a unit in the last place, and below it if that digit is odd.
+    bits = param.to(torch.float32).view(torch.int32)
+    distance, is_odd = master.view(torch.int32) - bits, (bits >> 16) & 1
+    return (distance >= is_odd - 2**15) & (distance <= 2**15 - is_odd)
+
+
+@cache
+def _compiled(param: torch.dtype, grad: torch.dtype, device_type: str, form: Form) -> Update:
+    """A compiled ``_update_``, with code of its own: torch compiles one piece of code a few times only."""
+    code = _update_.__code__
+    function = FunctionType(
+        code.replace(co_name=f"radam_{param}_{grad}_{device_type}".replace("torch.", "")), globals()
+    )
+    update: Update = torch.compile(function, dynamic=True, fullgraph=True)
+    return update
+
+
+@torch.no_grad()
+def compiled_update_(operands: Sequence[Operands], step: int | Tensor, hyper: Hyperparameters) -> None:
+    """One step of RAdam (param, moments, master: modified in place).
+
+    Args:
+        operands: any number of them, of one dtype and device.
+        step: number of this step, from 1; on the device if it is a tensor, and not read then.
+        hyper: the group's hyperparameters.
+    """
+    if not operands:
+        return
+    first, form = operands[0], Form.of(hyper)
+    dtype = first.exp_avg.dtype
+    find_terms: Any = terms_on_device if isinstance(step, Tensor) else terms_on_host
+    terms = _as_tensors(find_terms(step, hyper, dtype), dtype)
+    update = _compiled(first.param.dtype, first.grad.dtype, first.param.device.type, form)
+    for param, grad, exp_avg, exp_avg_sq, master in operands:
+        update(param, grad, exp_avg, exp_avg_sq, master, terms, form)
+
+
+def _as_tensors(terms: Terms, dtype: torch.dtype) -> Terms:
+    return Terms(*(term if isinstance(term, Tensor) else torch.tensor(term, dtype=dtype) for term in terms))
+
+
+_known: set[tuple[torch.dtype, torch.dtype, str, Form, bool]] = set()
+
+
+def compile_for(
+    param: torch.dtype, grad: torch.dtype, device: torch.device, hyper: Hyperparameters, capturable: bool
+) -> None:
+    """Compile what some parameters need, before their first step.
+
+    Args:
+        param: dtype of the parameters.
+        grad: dtype of their gradients.
+        device: of both.
+        hyper: of their group.
+        capturable: whether the numbers of steps will be on the device.
+
+    Raises:
+        RuntimeError: torch.compile cannot.
+    """
+    key = (param.to_real(), grad.to_real(), device.type, Form.of(hyper), capturable)
+    if key in _known:
+        return
+    begin = time.monotonic()
+    try:
+        _try(param.to_real(), grad.to_real(), device, hyper, capturable)
+    except Exception as error:
+        raise RuntimeError(
+            f"compiled=True: torch.compile made no update for {param} on {device} ({_first_line(error)}). Expected a "
+            "compiler: g++ or clang++ for the CPU (such as apt install g++), Triton for a GPU (pip install triton); or "
+            "leave compiled=True away"
+        ) from error
+    _known.add(key)
+    logger.info("compiled the update of %s on %s in %.1f s", param, device, time.monotonic() - begin)
+
+
+def _try(param: torch.dtype, grad: torch.dtype, device: torch.device, hyper: Hyperparameters, capturable: bool) -> None:
+    """Take a step with a few zeros."""
+    numel, state = 2 * ALIGNMENT, wide(param)
+    dtypes = (param, grad, state, state, state) if param in HALF_DTYPES else (param, grad, state, state)
+    tensors = [torch.zeros(numel, dtype=dtype, device=device) for dtype in dtypes]
+    step = torch.ones((), dtype=torch.float64, device=device) if capturable else 1
+    compiled_update_([Operands(*tensors)], step, hyper)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

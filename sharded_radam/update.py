@@ -1,0 +1,116 @@
+"""Phases 1 and 2 of a step: the gradients of the own shards, and the update with them.
+
+An engine gets pieces, or stretches. Pieces are what fused code on a CPU wants, which treats the last elements of a
+tensor otherwise than those before: there a parameter has the same bits wherever its gradient lies. Stretches take
+neighbours along, and the padding between them, which is zero. The compiled engine has few and large calls with them,
+and multiples of ``ALIGNMENT``, for which one kernel is enough; accelerators have fewer operands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_radam.buckets.counters import Cohort
+from sharded_radam.buckets.flat import Flat
+from sharded_radam.buckets.memory import flat_gradient
+from sharded_radam.compiled import compiled_update_
+from sharded_radam.gradients.packing import Sums
+from sharded_radam.plan import ALIGNMENT, Piece, Stretch
+from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+
+SEPARATE_NUMEL = 2**16
+"""Pieces of so many elements get a call of their own rather than that their gradients are copied together."""
+
+
+class OwnGradients:
+    """Phase 1: gradients as 1-D real numbers, from the sums or from ``param.grad``, which is flattened when needed.
+
+    Args:
+        flat: whose parameters.
+        sums: of the own shards; None if gradients are in ``.grad``.
+    """
+
+    def __init__(self, flat: Flat, sums: Sums | None) -> None:
+        self._flat = flat
+        self.sums = None if sums is None else sums.total_of(flat)
+        self._views = None if sums is None else sums.views_of(flat)
+        self._flattened: dict[int, Tensor] = {}
+
+    def _whole(self, slot: int) -> Tensor:
+        if slot not in self._flattened:
+            grad = self._flat.params[slot].grad
+            assert grad is not None
+            self._flattened[slot] = flat_gradient(grad, self._flat.specs[slot])
+        return self._flattened[slot]
+
+    def of_piece(self, piece: Piece) -> Tensor:
+        """A view."""
+        if self._views is not None:
+            return self._views[piece.local_start]
+        reals = self._flat.reals
+        grad, is_all = self._whole(piece.slot), piece.numel == self._flat.plan.slots[piece.slot].numel
+        return grad if is_all else grad.narrow(0, reals * piece.start, reals * piece.numel)
+
+    def of_stretch(self, stretch: Stretch) -> Tensor:
+        """A view, or a copy if it has several parts, or padding, that lie apart."""
+        reals = self._flat.reals
+        if self.sums is not None:
+            return self.sums.narrow(0, reals * stretch.local_start, reals * stretch.numel)
+        if stretch.parts[0].numel == stretch.numel:
+            return self.of_piece(stretch.parts[0])
+        sources, end = [], stretch.flat_start
+        zeros = self.of_piece(stretch.parts[0]).new_zeros(reals * ALIGNMENT)
+        for part in stretch.parts:
+            sources += [zeros.narrow(0, 0, reals * (part.flat_start - end)), self.of_piece(part)]
+            end = part.flat_start + part.numel
+        rest = stretch.flat_start + stretch.numel - end
+        return torch.cat([*sources, zeros.narrow(0, 0, reals * rest)])
+
+
+def update_buckets(
+    flat: Flat,
+    buckets: Sequence[int],
+    cohorts: Sequence[Cohort],
+    own: OwnGradients,
+    hyper: Hyperparameters,
+    engine: Engine,
+) -> None:
+    """Phase 2: update the own pieces of some buckets, each with the number of its step.
+
+    Args:
+        flat: whose buckets.
+        buckets: their numbers.
+        cohorts: of the flat.
+        own: the gradients.
+        hyper: of the flat's param group.
+        engine: of the flat.
+    """
+    is_on_cpu = flat.buffer.device.type == "cpu"
+    is_stretched = engine == "compiled" or (own.sums is not None and not is_on_cpu and hyper.eps > 0)
+    for bucket in buckets:
+        flat.copy_in(bucket)
+    for cohort in cohorts:
+        if is_stretched:
+            separate_numel = SEPARATE_NUMEL if own.sums is None else math.inf
+            found = [each for b in buckets for each in flat.stretches.find(b, cohort.slots, separate_numel)]
+            operands = [Operands(each.param, own.of_stretch(each.stretch), *each[2:]) for each in found]
+        else:
+            operands = [
+                Operands(each.param, own.of_piece(each.piece), each.exp_avg, each.exp_avg_sq, each.master)
+                for bucket in buckets
+                for each in flat.pieces[bucket]
+                if each.piece.slot in cohort.slots
+            ]
+        if engine == "compiled":
+            compiled_update_(operands, cohort.step, hyper)
+        elif isinstance(cohort.step, Tensor):
+            capturable_update_(operands, cohort.step, hyper)
+        else:
+            update_(operands, engine, cohort.step, hyper)
+        if is_stretched and hyper.eps == 0:  # 0 / 0
+            for padding in (padding for each in found for padding in each.padding()):
+                padding.zero_()
