@@ -8,6 +8,7 @@ lr compiles anything anew.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import ALIGNMENT
-from sharded_radam.radam import Form, Hyperparameters, Operands, Terms, equation_, terms_on_device, terms_on_host
+from sharded_radam.radam import Form, Hyperparameters, Operands, Terms, equation, terms_on_device, terms_on_host
 
 logger = logging.getLogger("sharded_radam")
 
@@ -30,21 +31,33 @@ def _update_(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, terms: Terms, form: Form
 ) -> None:
     if master is None:
-        equation_(param, grad, exp_avg, exp_avg_sq, terms, form)
+        param.copy_(equation(param, grad, exp_avg, exp_avg_sq, terms, form))
         return
-    master.copy_(torch.where(_rounds_to(master, param), master, param.to(master.dtype)))
-    equation_(master, grad.to(master.dtype), exp_avg, exp_avg_sq, terms, form)
-    param.copy_(master)
+    followed = torch.where(_rounds_to(master, param), master, param.to(master.dtype))
+    updated = equation(followed, grad.to(master.dtype), exp_avg, exp_avg_sq, terms, form)
+    master.copy_(updated)
+    param.copy_(updated)
 
 
 def _rounds_to(master: Tensor, param: Tensor) -> Tensor:
-    """Where ``master.to(param.dtype) == param``, by their bits: compilers drop a rounding that is widened again."""
-    if param.dtype != torch.bfloat16:
-        return master.to(param.dtype).view(torch.int16) == param.view(torch.int16)
-    # Twice as fast: the distance is at most half of a unit in the last place, and below it if that digit is odd.
-    bits = param.to(torch.float32).view(torch.int32)
-    distance, is_odd = master.view(torch.int32) - bits, (bits >> 16) & 1
-    return (distance >= is_odd - 2**15) & (distance <= 2**15 - is_odd)
+    """Where ``master.to(param.dtype) == param``, without this rounding, which compilers drop if it is widened again.
+
+    Floats of one sign are ordered as their bits: the distance from the parameter, in units of the master's last place,
+    is at most half of the parameter's unit, and less if that has an odd last digit.
+    """
+    seen: Tensor = param.to(torch.float32)
+    bits = seen.view(torch.int32)
+    dropped = 16 if param.dtype == torch.bfloat16 else 13
+    distance, is_odd, half = master.view(torch.int32) - bits, (bits >> dropped) & 1, 2 ** (dropped - 1)
+    is_near: Tensor = (distance >= is_odd - half) & (distance <= half - is_odd)
+    if param.dtype == torch.bfloat16:
+        return is_near
+    # The numbers of fp16 are 2^-24 apart up to 2^-14, and beyond 65504 comes infinity.
+    size, gap = seen.abs(), (master - seen).abs()
+    is_even = (seen * 2.0**24).to(torch.int32) & 1 == 0
+    is_near_small = (gap < 2.0**-25) | ((gap == 2.0**-25) & is_even)
+    overflows = (size == math.inf) & (master.abs() >= 65520) & (master * seen > 0)
+    return torch.where(size <= 2.0**-14, is_near_small, is_near) | overflows
 
 
 @cache

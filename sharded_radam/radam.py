@@ -21,7 +21,7 @@ Four engines compute it. ``for-loop`` and ``foreach`` are torch's own functional
 
 Decoupled decay multiplies p by ``1 - lr' wd'``, so ``wd' = wd lr / lr'``.
 
-The fourth, ``compiled``, is one pass over memory in every precision: torch.compile makes one kernel of ``equation_``
+The fourth, ``compiled``, is one pass over memory in every precision: torch.compile makes one kernel of ``equation``
 (see :mod:`sharded_radam.compiled`).
 """
 
@@ -245,15 +245,18 @@ class Form(NamedTuple):
         return cls(hyper.weight_decay != 0, hyper.decoupled_weight_decay, hyper.maximize)
 
 
-def equation_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, terms: Terms, form: Form) -> None:
-    """One step of RAdam, as plain tensor code (param, exp_avg, exp_avg_sq: modified in place).
+def equation(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, terms: Terms, form: Form) -> Tensor:
+    """One step of RAdam, as plain tensor code (exp_avg, exp_avg_sq: modified in place).
 
     Zeros stay zeros if eps is above 0.
+
+    Returns:
+        The new values of the parameter. Written to twice, it would cost a kernel another pass over memory.
     """
     if form.maximize:
         grad = -grad
     if form.has_decay and form.is_decoupled:
-        param.mul_(terms.decay)
+        param = param * terms.decay
     elif form.has_decay:
         grad = grad + param * terms.weight_decay
     exp_avg.lerp_(grad, terms.one_minus_beta1)
@@ -261,7 +264,7 @@ def equation_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
     # Chosen elementwise and not multiplied by 0, since 0 / 0 of an unrectified step with eps = 0 would be NaN.
     denominator = exp_avg_sq.sqrt().add_(terms.eps)
     size = torch.where(terms.is_rectified, terms.rectified_size / denominator, terms.unrectified_size)
-    param.addcmul_(exp_avg, size, value=-1)
+    return param.addcmul(exp_avg, size, value=-1)
 
 
 def terms_on_device(step: Tensor, hyper: Hyperparameters, dtype: torch.dtype) -> Terms:
@@ -326,5 +329,6 @@ def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperp
     terms, form = terms_on_device(step, hyper, operands[0].exp_avg.dtype), Form.of(hyper)
     wide = _widen(operands)
     for param, grad, exp_avg, exp_avg_sq, _ in wide:
-        equation_(param, grad, exp_avg, exp_avg_sq, terms, form)
+        # Not ``copy_``, which fake CUDA tensors do not have without CUDA.
+        torch._foreach_copy_([param], [equation(param, grad, exp_avg, exp_avg_sq, terms, form)])
     _round_(operands, wide)
