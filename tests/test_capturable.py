@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import ShardedRAdam, compiled
 from sharded_radam.buckets.counters import Cohort
 from sharded_radam.compat import VERSION
+from sharded_radam.radam import Form, Hyperparameters, equation, terms_on_device, terms_on_host
 from sharded_radam.step import engine_of
 from sharded_radam.transport import Transport
 
@@ -87,6 +88,24 @@ def test_fused_step_on_cuda_never_waits_for_the_device(
     )
     optimizer = fake_cuda_step(dtype, fused=True)
     assert engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0]) == "fused"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", [Form(False, False, False), Form(True, False, True), Form(True, True, False)])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_what_is_compiled_for_cuda_never_waits_for_the_device(dtype: torch.dtype, form: Form, on_device: bool) -> None:
+    """Before it is compiled. The numbers of a step are on the host, or on the device if capturable."""
+    hyper = Hyperparameters(1e-3, 0.9, 0.999, 1e-8, 0.1, form.is_decoupled, form.maximize)
+    with FakeTensorMode():
+        param, *others = (torch.zeros(128, dtype=each, device="cuda") for each in (dtype, *[torch.float32] * 3))
+        find_terms: Any = terms_on_device if on_device else terms_on_host
+        step = torch.ones((), dtype=torch.float64, device="cuda") if on_device else 7
+        terms = compiled._as_tensors(find_terms(step, hyper, torch.float32), torch.float32)
+        wide = param
+        if dtype != torch.float32:
+            wide = torch.where(compiled._rounds_to(others[2], param), others[2], param.to(torch.float32))
+        updated = equation(wide, param.to(torch.float32), others[0], others[1], terms, form)
+    assert (updated.device.type, updated.dtype) == ("cuda", torch.float32)
 
 
 def test_engine_on_cuda_is_radams_choice() -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.profiler import ProfilerActivity, profile
 
 from sharded_radam import ShardedRAdam, compiled
 from sharded_radam.compiled import compile_for, compiled_update_
@@ -206,6 +208,26 @@ def check_infinite_gradients(_rank: int, _world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_padding_outlives_gradients_that_are_infinite(world_size: int) -> None:
     run(check_infinite_gradients, world_size)
+
+
+def operations(num_params: int) -> Counter[str]:
+    """Of torch, in clipping and a step with sharded gradients."""
+    params = [Parameter(torch.ones(7)) for _ in range(num_params)]
+    optimizer = ShardedRAdam(params, compiled=True, shard_gradients=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.stack([(param * param).sum() for param in params]).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.grad_norm()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+    return Counter(event.name for event in profiler.events() if event.name.startswith("aten::"))
+
+
+def test_as_many_operations_for_500_parameters_as_for_5() -> None:
+    few = operations(5)
+    assert few["aten::mul_"] > 0
+    assert operations(500) == few
 
 
 # Errors
