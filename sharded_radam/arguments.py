@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class Options:
     check_replicas: int
     compiled: bool = False
     reduce_dtype: torch.dtype | None = None
+
+    def __setstate__(self, state: list[Any]) -> None:
+        """Take what was pickled, by a version that had fewer of them, too."""
+        missing = [field.default for field in fields(self)[len(state) :]]
+        for field, value in zip(fields(self), [*state, *missing], strict=True):
+            object.__setattr__(self, field.name, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,8 @@ def rebuild(optimizer: RAdam, transport: Transport, options: Options, groupless:
         options: of the optimizer.
         groupless: groups of parameters that are in none of its groups, but have state.
     """
+    if options.compiled:
+        _compile([*optimizer.param_groups, *groupless], options)
     shards = Shards(transport, options)
     state = {key: dict(own) if isinstance(own, dict) else own for key, own in optimizer.state.items()}
     params, specs = describe([*optimizer.param_groups, *groupless], 0, bool(options.fused))

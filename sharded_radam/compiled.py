@@ -2,7 +2,7 @@
 
 It reads and writes each element once, also in half precision, where other engines need four passes: the master follows
 the parameter, is updated, and is rounded into it. All numbers of a step are 0-d tensors, so that no step and no other
-lr compiles anything anew.
+lr compiles anything anew. What does: another form, and another setting of torch, such as its number of threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _update_(
 
 
 def _rounds_to(master: Tensor, param: Tensor) -> Tensor:
-    """Where ``master.to(param.dtype) == param``, without this rounding, which compilers drop if it is widened again.
+    """Where ``master.to(param.dtype) == param``. Not written so: compilers drop a rounding whose result is widened.
 
     Floats of one sign are ordered as their bits: the distance from the parameter, in units of the master's last place,
     is at most half of the parameter's unit, and less if that has an odd last digit.
@@ -87,12 +87,16 @@ def compiled_update_(operands: Sequence[Operands], step: int | Tensor, hyper: Hy
     find_terms: Any = terms_on_device if isinstance(step, Tensor) else terms_on_host
     terms = _as_tensors(find_terms(step, hyper, dtype), dtype)
     update = _compiled(first.param.dtype, first.grad.dtype, first.param.device.type, form)
-    for param, grad, exp_avg, exp_avg_sq, master in operands:
-        update(param, grad, exp_avg, exp_avg_sq, master, terms, form)
+    # What is compiled depends on whether autocast is on.
+    with torch.autocast(first.param.device.type, enabled=False):
+        for param, grad, exp_avg, exp_avg_sq, master in operands:
+            update(param, grad, exp_avg, exp_avg_sq, master, terms, form)
 
 
 def _as_tensors(terms: Terms, dtype: torch.dtype) -> Terms:
-    return Terms(*(term if isinstance(term, Tensor) else torch.tensor(term, dtype=dtype) for term in terms))
+    return Terms(
+        *(term if isinstance(term, Tensor) else torch.tensor(term, dtype=dtype, device="cpu") for term in terms)
+    )
 
 
 _known: set[tuple[torch.dtype, torch.dtype, str, Form, bool]] = set()

@@ -71,7 +71,7 @@ class ShardedRAdam(RAdam, Joinable):
             all ranks run the same number of backward passes, and each of them reaches one parameter that the others
             reach too.
         reduce_dtype: with ``shard_gradients``, the dtype in which gradients travel; that of their parameters if None.
-            Whatever it is, the sums are of fp32, or fp64 for such parameters.
+            Half precision is summed in fp32.
         check_gradients: with ``shard_gradients``, log local gradients that are not finite before they are reduced, with
             rank and name, and raise on all ranks before the update. Reads every gradient once more.
         check_replicas: compare what must be equal on all ranks (see the method of this name) every so many steps. With

@@ -175,7 +175,7 @@ def functional_(
         grads,
         exp_avgs,
         exp_avg_sqs,
-        list(torch.full((len(params),), step - 1.0, dtype=torch.float64).unbind()),
+        list(torch.full((len(params),), step - 1.0, dtype=torch.float64, device="cpu").unbind()),
         foreach=foreach,
         differentiable=differentiable,
         beta1=hyper.beta1,
@@ -251,7 +251,7 @@ def equation(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, t
     Zeros stay zeros if eps is above 0.
 
     Returns:
-        The new values of the parameter. Written to twice, it would cost a kernel another pass over memory.
+        The new values of the parameter: a kernel that writes to a tensor twice passes over memory twice.
     """
     if form.maximize:
         grad = -grad
@@ -310,8 +310,10 @@ def terms_on_host(step: int, hyper: Hyperparameters, dtype: torch.dtype) -> Term
     rectified_size = 0.0 if rect is None else size * rect * math.sqrt(bias_correction2)
     decay = 1 - lr * hyper.weight_decay
     numbers = (1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps, hyper.weight_decay, decay)
-    *tensors, rectified, unrectified = torch.tensor([*numbers, rectified_size, size], dtype=dtype).unbind()
-    return Terms._make([*tensors, torch.tensor(rect is not None), rectified, unrectified])
+    *tensors, rectified, unrectified = torch.tensor(
+        [*numbers, rectified_size, size], dtype=dtype, device="cpu"
+    ).unbind()
+    return Terms._make([*tensors, torch.tensor(rect is not None, device="cpu"), rectified, unrectified])
 
 
 def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters) -> None:

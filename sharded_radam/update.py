@@ -23,7 +23,10 @@ from sharded_radam.plan import ALIGNMENT, Piece, Stretch
 from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
 
 SEPARATE_NUMEL = 2**16
-"""Pieces of so many elements get a call of their own rather than that their gradients are copied together."""
+"""Pieces of so many elements get a call of their own. The gradients of smaller ones are copied together first."""
+
+SMALL_EPS = 1e-20
+"""With a smaller eps, padding may become NaN in an update."""
 
 
 class OwnGradients:
@@ -90,7 +93,7 @@ def update_buckets(
         engine: of the flat.
     """
     is_on_cpu = flat.buffer.device.type == "cpu"
-    is_stretched = engine == "compiled" or (own.sums is not None and not is_on_cpu and hyper.eps > 0)
+    is_stretched = engine == "compiled" or (own.sums is not None and not is_on_cpu and hyper.eps >= SMALL_EPS)
     for bucket in buckets:
         flat.copy_in(bucket)
     for cohort in cohorts:
@@ -111,6 +114,6 @@ def update_buckets(
             capturable_update_(operands, cohort.step, hyper)
         else:
             update_(operands, engine, cohort.step, hyper)
-        if is_stretched and hyper.eps == 0:  # 0 / 0
+        if is_stretched and hyper.eps < SMALL_EPS:  # 0 / 0, or 0 times infinity
             for padding in (padding for each in found for padding in each.padding()):
                 padding.zero_()

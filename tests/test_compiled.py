@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -107,7 +108,7 @@ def test_a_master_stays_wherever_it_rounds_to_its_parameter(dtype: torch.dtype) 
 
 
 def test_nothing_is_compiled_anew() -> None:
-    """Not for another step, length, lr, betas, eps or decay."""
+    """Not for another step, length, lr, betas, eps or decay, nor under autocast."""
     hyper = hyperparameters(weight_decay=0.1)
     compile_for(torch.float32, torch.float32, CPU, hyper, False)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -115,7 +116,8 @@ def test_nothing_is_compiled_anew() -> None:
             changed = hyperparameters(
                 weight_decay=0.1 / step, lr=1e-3 / step, betas=(0.9 - step / 100, 0.99), eps=1e-8 * step
             )
-            compiled_update_([operands(torch.float32, 64 * step)], step, changed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=step % 2 == 0):
+                compiled_update_([operands(torch.float32, 64 * step)], step, changed)
 
 
 # The optimizer
@@ -124,6 +126,7 @@ OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.float32, {"weight_decay": 0.1}),
     (torch.bfloat16, {"weight_decay": 0.1}),
     (torch.float32, {"weight_decay": 0.1, "eps": 0.0}),
+    (torch.float32, {"weight_decay": 0.1, "eps": 1e-50}),  # which is 0 in fp32
     (torch.complex64, {"weight_decay": 0.1}),
 ]
 
@@ -182,6 +185,18 @@ def test_bit_equal_at_every_world_size_and_close_to_radam() -> None:
                 if one.numel():
                     real = torch.view_as_real(other.detach()) if other.is_complex() else other.detach()
                     assert (one - other).abs().max() <= 3 * unit(real)
+
+
+def test_default_device_and_copies() -> None:
+    params = make_params()
+    optimizer = ShardedRAdam(params, compiled=True)
+    other_params, other = copy.deepcopy((params, optimizer))
+    for each, its_params in ((optimizer, params), (other, other_params)):
+        set_grads(its_params, 1)
+        with torch.device("meta"):
+            each.step()
+    assert_same(params, other_params)
+    assert not torch.equal(params[0], make_params()[0])
 
 
 def check_infinite_gradients(_rank: int, _world_size: int) -> None:

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharded_radam import ShardedRAdam
+from sharded_radam.arguments import Options
 from sharded_radam.step import engine_of
 from tests.cases import STEPS, assert_same, make_params, set_grads
 
@@ -396,6 +397,39 @@ def test_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
         "ShardedRAdam: ranks 1, parameters 2 (1064 elements), buckets 1, engine fused, transport none, "
         "state 8704 bytes per rank, replicated RAdam 8512 bytes"
     )
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_any_strides(flags: dict[str, Any], dtype: torch.dtype) -> None:
+    """Autograd copies them; who assigns them does not: ``torch.autograd.grad(p.sum(), p)`` has strides of 0."""
+    base = torch.arange(1.0, 129.0, dtype=dtype).view(16, 8) / 64
+    grads = [
+        base[:1, :1].expand(8, 8),
+        base[::2],
+        base[:8].t(),
+        base[:8].flip(0).t(),
+        base[:, 0].as_strided((8, 8), (1, 0)),
+    ]
+    ours = [Parameter(torch.ones(8, 8, dtype=dtype)) for _ in grads]
+    theirs = [Parameter(torch.ones(8, 8, dtype=dtype)) for _ in grads]
+    wanted = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+    optimizers = [ShardedRAdam(params, lr=0.1, **flags) for params in (ours, theirs)]
+    for _ in range(7):
+        for params, given in ((ours, grads), (theirs, wanted)):
+            for param, grad in zip(params, given, strict=True):
+                param.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same(ours, theirs)
+    assert not torch.equal(ours[0], torch.ones(8, 8, dtype=dtype))
+
+
+def test_options_that_an_older_version_pickled() -> None:
+    pickled = object.__new__(Options)
+    pickled.__setstate__([None, 25.0, True, False, False, 0])
+    assert pickled == Options(None, 25.0, True, False, False, 0, compiled=False, reduce_dtype=None)
+    assert pickle.loads(pickle.dumps(pickled)) == pickled
 
 
 def test_engine_by_flags() -> None:

@@ -82,11 +82,14 @@ def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def flat_gradient(grad: Tensor, spec: ParamSpec) -> Tensor:
-    """A parameter's gradient as 1-D real numbers, in the order in which the parameter is in its slot."""
+    """A parameter's gradient as 1-D real numbers, in the order in which the parameter is in its slot.
+
+    Contiguous, as fused code takes it to be: a gradient that somebody has assigned may have strides of 0 or 2.
+    """
     grad = grad.detach()
     if grad.is_neg() or grad.is_conj():
         grad = grad.resolve_conj().resolve_neg()
-    return as_real(flatten(grad, spec.dim_order))
+    return as_real(flatten(grad, spec.dim_order).contiguous())
 
 
 def as_real(tensor: Tensor) -> Tensor:

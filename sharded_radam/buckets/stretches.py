@@ -11,7 +11,7 @@ from sharded_radam.buckets.memory import as_real
 from sharded_radam.plan import Piece, Stretch, stretches
 
 _MOST_KNOWN = 1000
-"""Sets of slots and buckets, of which there is one each where all parameters always have gradients."""
+"""So many lists are kept. Where all parameters always have gradients, there is one for each bucket."""
 
 
 class ShardStretch(NamedTuple):

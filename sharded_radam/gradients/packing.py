@@ -56,6 +56,10 @@ class Sums:
         self._filled: dict[tuple[int, int], set[int]] = defaultdict(set)
         self._valid: dict[tuple[int, int], set[int]] = defaultdict(set)
 
+    def as_sent(self, grad: Tensor, index: int) -> Tensor:
+        """A gradient of a flat in the dtype in which it travels, as real numbers."""
+        return (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).to(self._dtypes[index])
+
     def make_reducer(self) -> Reducer:
         """Collective the first time: the reducer for the buckets of all flats."""
         self.reducer = self.reducer or self._transport.reducer(self._sizes())

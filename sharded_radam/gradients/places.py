@@ -78,7 +78,7 @@ class Places:
         if grad.is_sparse:
             raise RuntimeError(f"RAdam does not support sparse gradients (parameter '{self.shard(key).spec.name}')")
         if self._finite is not None:
-            self._finite.look(grad, self.shard(key).spec.name)
+            self._finite.look(self._sums.as_sent(grad, key[0]), self.shard(key).spec.name)
         return grad
 
     def to_send(self, launch: Launch) -> dict[int, Tensor]:

@@ -260,7 +260,10 @@ class ShardedGradients:
     # What is read and changed between backward and step
 
     def own(self) -> list[Tensor]:
-        """1-D real views of all that the own shards have of gradients: a flat in one, if all of its parameters have."""
+        """1-D real views of the gradients in the own shards.
+
+        One for each flat whose parameters all have gradients, padding included; otherwise one for each piece.
+        """
         found = []
         for index, total in enumerate(self.sums.totals):
             if all(self.places.present(index)):

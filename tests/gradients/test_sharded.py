@@ -173,6 +173,22 @@ def test_gradients_travel_in_the_dtype_asked_for(world_size: int) -> None:
     run(check_reduce_dtype, world_size)
 
 
+def check_overflow(_rank: int, world_size: int) -> None:
+    """A gradient that is finite, but not in the dtype in which it travels."""
+    for dtype in (torch.float32, torch.complex64):
+        param = Parameter(torch.ones(70, dtype=dtype))
+        optimizer = ShardedRAdam([("w", param)], shard_gradients=True, reduce_dtype=torch.half, check_gradients=True)
+        (param * 1e5).abs().sum().backward()  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match="gradients are not finite, before they were reduced, on rank 0: w"):
+            optimizer.step()
+        assert torch.equal(param, torch.ones(70, dtype=dtype))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_overflows_on_its_way_is_found(world_size: int) -> None:
+    run(check_overflow, world_size)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"], ids=str)
 def test_they_travel_in_floats(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"reduce_dtype=.*expected None or one of"):
