@@ -22,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from sharded_radam import ShardedRAdam, compiled
 from sharded_radam.compiled import compile_for, compiled_update_
 from sharded_radam.dtypes import HALF_DTYPES, wide
-from sharded_radam.radam import Hyperparameters, Operands, update_
+from sharded_radam.radam import Operands, update_
 from tests.cases import STEPS, assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
+from tests.test_radam import hyperparameters
 
 pytestmark = [
     pytest.mark.skipif(
@@ -56,12 +57,6 @@ FORMS: list[dict[str, Any]] = [
     {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.5},
     {"betas": (0.1, 0.2), "eps": 0.25},
 ]
-
-
-def hyperparameters(**changes: Any) -> Hyperparameters:
-    beta1, beta2 = changes.pop("betas", (0.9, 0.999))
-    base = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False, "maximize": False}
-    return Hyperparameters(beta1=beta1, beta2=beta2, **{**base, **changes})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

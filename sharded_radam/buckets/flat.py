@@ -24,7 +24,7 @@ from sharded_radam.buckets.memory import (
 )
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.buckets.replaced import Replaced
-from sharded_radam.buckets.stretches import Stretches
+from sharded_radam.buckets.stretches import Stretches, memory_of
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import follow_
@@ -284,13 +284,7 @@ class Flat:
     def _make_pieces(self) -> list[list[ShardPiece]]:
         found: list[list[ShardPiece]] = [[] for _ in range(self.plan.num_buckets)]
         for piece in self.plan.pieces(self.rank):
-            local = {
-                name: as_real(tensor.narrow(0, piece.local_start, piece.numel)) for name, tensor in self.state.items()
-            }
-            param = as_real(self.buffer.narrow(0, piece.flat_start, piece.numel))
-            found[piece.bucket].append(
-                ShardPiece(piece, param, local["exp_avg"], local["exp_avg_sq"], local.get("master"))
-            )
+            found[piece.bucket].append(ShardPiece(piece, *memory_of(piece, self.buffer, self.state)))
         return found
 
     def _views_of_state(self, slot: int) -> dict[str, Tensor]:

@@ -14,6 +14,15 @@ _MOST_KNOWN = 1000
 """So many lists are kept. Where all parameters always have gradients, there is one for each bucket."""
 
 
+def memory_of(
+    at: Piece | Stretch, buffer: Tensor, state: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Views of parameters, ``exp_avg``, ``exp_avg_sq`` and masters, complex ones as real numbers."""
+    param = as_real(buffer.narrow(0, at.flat_start, at.numel))
+    local = {name: as_real(tensor.narrow(0, at.local_start, at.numel)) for name, tensor in state.items()}
+    return param, local["exp_avg"], local["exp_avg_sq"], local.get("master")
+
+
 class ShardStretch(NamedTuple):
     """A stretch with its memory: views of the bucket and of the state, complex ones as real numbers."""
 
@@ -60,8 +69,4 @@ class Stretches:
         return self._known[key]
 
     def _with_memory(self, stretch: Stretch) -> ShardStretch:
-        local = {
-            name: as_real(tensor.narrow(0, stretch.local_start, stretch.numel)) for name, tensor in self._state.items()
-        }
-        param = as_real(self._buffer.narrow(0, stretch.flat_start, stretch.numel))
-        return ShardStretch(stretch, param, local["exp_avg"], local["exp_avg_sq"], local.get("master"))
+        return ShardStretch(stretch, *memory_of(stretch, self._buffer, self._state))

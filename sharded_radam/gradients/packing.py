@@ -79,11 +79,11 @@ class Sums:
 
     def total_of(self, flat: Flat) -> Tensor:
         """The sums of a flat."""
-        return next(total for total, each in zip(self.totals, self.flats, strict=True) if each is flat)
+        return self.totals[self.flats.index(flat)]
 
     def views_of(self, flat: Flat) -> dict[int, Tensor]:
         """The sums of a flat's own pieces, as real numbers, by where they begin in the own shards."""
-        return next(views for views, each in zip(self._views, self.flats, strict=True) if each is flat)
+        return self._views[self.flats.index(flat)]
 
     def elements(self, index: int) -> Tensor:
         """The sums of a flat as elements of its parameters, which may be complex."""

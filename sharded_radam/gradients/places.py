@@ -66,8 +66,7 @@ class Places:
         if local is not None:
             shard.send(self._checked(local, key))
             shard.fresh = None
-            param.grad = shard
-            self._placed.add(key)
+            self._place(key)
 
     def _place(self, key: SlotKey) -> None:
         param, shard = self._at[key]
