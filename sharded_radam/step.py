@@ -16,7 +16,7 @@ from sharded_radam.buckets.counters import Cohort
 from sharded_radam.buckets.flat import Flat
 from sharded_radam.build import Shards, follow_groups
 from sharded_radam.gradients.measures import divide_
-from sharded_radam.radam import Engine, Hyperparameters
+from sharded_radam.radam import Engine, Hyperparameters, default_engine
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state.edits import find_edits, group_of, has_param, take_back
 from sharded_radam.transport import Handle
@@ -148,13 +148,14 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
 
 
 def engine_of(optimizer: RAdam, shards: Shards, flat: Flat) -> Engine:
-    """How a flat is updated: as asked for; otherwise fused on CPU, and as RAdam does elsewhere."""
+    """How a flat is updated: as asked for; else by default; RAdam's own choice if fused=False."""
     foreach, fused = group_of(optimizer, flat)["foreach"], shards.options.fused
-    is_on_cpu = flat.buffer.device.type == "cpu"
-    if optimizer.defaults["differentiable"]:
-        return "for-loop"
+    device_type = flat.buffer.device.type
     if shards.options.compiled:
         return "compiled"
-    if fused or (fused is None and foreach is None and is_on_cpu):
+    if fused:
         return "fused"
-    return "foreach" if foreach or (foreach is None and not is_on_cpu) else "for-loop"
+    if foreach is None and fused is None and not optimizer.defaults["differentiable"]:
+        return default_engine(device_type, flat.buffer.dtype)
+    foreach = device_type != "cpu" if foreach is None else foreach
+    return "foreach" if foreach and not optimizer.defaults["differentiable"] else "for-loop"

@@ -20,7 +20,7 @@ from sharded_radam.buckets.memory import flat_gradient
 from sharded_radam.compiled import compiled_update_
 from sharded_radam.gradients.packing import Sums
 from sharded_radam.plan import ALIGNMENT, Piece, Stretch
-from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+from sharded_radam.radam import Engine, Hyperparameters, Operands, update_
 
 SEPARATE_NUMEL = 2**16
 """Pieces of so many elements get a call of their own. The gradients of smaller ones are copied together first."""
@@ -110,10 +110,8 @@ def update_buckets(
             ]
         if engine == "compiled":
             compiled_update_(operands, cohort.step, hyper)
-        elif isinstance(cohort.step, Tensor):
-            capturable_update_(operands, cohort.step, hyper)
         else:
-            update_(operands, engine, cohort.step, hyper)
+            update_(operands, engine, cohort.step, hyper, flat.endless_step)
         if is_stretched and hyper.eps < SMALL_EPS:  # 0 / 0, or 0 times infinity
             for padding in (padding for each in found for padding in each.padding()):
                 padding.zero_()
