@@ -132,9 +132,7 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
             with meter.phase("update"):
                 update_buckets(flat, buckets, flat_cohorts, own, hyper, engine)
             with meter.phase("all_gather"):
-                for bucket in buckets:
-                    transport.count("all_gather", flat.bucket(bucket))
-                    handles[index, bucket] = transport.all_gather(flat.bucket(bucket))
+                handles |= zip(((index, at) for at in buckets), _begin_to_gather(shards, flat, buckets), strict=True)
         flat.note_updated(slot for cohort in flat_cohorts for slot in cohort.slots)
     with meter.phase("all_gather"):
         transport.end_update()
@@ -145,6 +143,15 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
             handle.wait()
     for flat in shards.flats:
         flat.copy_out()
+
+
+def _begin_to_gather(shards: Shards, flat: Flat, buckets: Sequence[int]) -> list[list[Handle]]:
+    transport, views = shards.transport, [flat.bucket(bucket) for bucket in buckets]
+    for view in views:
+        transport.count("all_gather", view)
+    if shards.arrivals is not None:  # of which the first are wanted before the last have come
+        return [transport.all_gather(view) for view in views]
+    return transport.all_gather_each(views)
 
 
 def engine_of(optimizer: RAdam, shards: Shards, flat: Flat) -> Engine:

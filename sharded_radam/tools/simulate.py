@@ -32,8 +32,8 @@ class FakeTransport(NativeTransport):
     def all_gather_objects(self, item: object) -> list[Any]:
         return [item] * self.world_size
 
-    def broadcast(self, tensor: Tensor) -> None:
-        self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        self.meter.count("broadcast", 0 if self.rank == source else tensor.nbytes)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         self.meter.count("all_reduce", tensor.nbytes)
