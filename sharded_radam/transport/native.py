@@ -96,7 +96,8 @@ class NativeReducer(Reducer):
 
     def _complete(self, handle: Handle, parts: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
         handle.wait()
-        # Only sums are portable; the mean is formed here.
+        # Not the backend's mean: NCCL divides before it adds, which loses bits unless the number of ranks is a power of
+        # two, and others have none. Dividing while the sum is copied costs nothing.
         sum_(out, parts, accumulate, self._transport.world_size)
 
     def finish(self) -> None:
