@@ -47,6 +47,12 @@ def reduce_scatter_single(own: Tensor, bucket: Tensor, group: dist.ProcessGroup)
     return cast("dist.Work", getattr(dist, REDUCE_SCATTER)(own, bucket, group=group, async_op=True))
 
 
+def increment_versions(tensors: Sequence[Tensor]) -> None:
+    """Call ``torch.autograd.graph.increment_version`` for all: lists are not for every release until 2.11."""
+    for each in [tensors] if VERSION >= (2, 11) else tensors:
+        torch.autograd.graph.increment_version(each)
+
+
 def check_fake_collectives() -> None:
     """Raise ValueError if collectives of fake tensors are missing: until 2.8."""
     if VERSION < (2, 8):

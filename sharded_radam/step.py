@@ -133,7 +133,7 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
                 update_buckets(flat, buckets, flat_cohorts, own, hyper, engine)
             with meter.phase("all_gather"):
                 handles |= zip(((index, at) for at in buckets), _begin_to_gather(shards, flat, buckets), strict=True)
-        flat.note_updated(slot for cohort in flat_cohorts for slot in cohort.slots)
+        flat.note_updated([slot for cohort in flat_cohorts for slot in cohort.slots])
     with meter.phase("all_gather"):
         transport.end_update()
         if shards.arrivals is not None and not any(flat.copied for flat in shards.flats):

@@ -25,6 +25,7 @@ from sharded_radam.buckets.memory import (
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.buckets.replaced import Replaced
 from sharded_radam.buckets.stretches import Stretches, memory_of
+from sharded_radam.compat import increment_versions
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
 from sharded_radam.radam import endless, follow_
@@ -162,12 +163,11 @@ class Flat:
         Returns:
             Slots to ``take_back``: their parameters are elsewhere.
         """
-        elsewhere = []
         for param, (place, new) in self.replaced.by.items():
             if not is_known(new) and (among is None or param in among):
                 name = self.specs[self._index[id(param)]].name
                 raise RuntimeError(_moved(name, f"was replaced by another Parameter in {place}"))
-        for slot, (param, spec) in enumerate(zip(self.params, self.specs, strict=True)):
+        for param, spec in zip(self.params, self.specs, strict=True):
             if among is not None and param not in among:
                 continue
             if param.grad is not None and param.grad.is_sparse:
@@ -178,18 +178,16 @@ class Flat:
                 raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
-            if self._is_elsewhere(slot):
-                elsewhere.append(slot)
-        return elsewhere
+        return [slot for slot in self._find_elsewhere() if among is None or self.params[slot] in among]
 
-    def _is_elsewhere(self, slot: int) -> bool:
-        """Whether a parameter that was a view of the buffer is none any more."""
-        param = self.params[slot]
-        return self.as_views and param.data_ptr() != self._addresses[slot] and param.numel() > 0
+    def _find_elsewhere(self) -> list[int]:
+        """Slots whose parameters were views of the buffer and are none any more."""
+        moved = changed(addresses_of(self.params), self._addresses) if self.as_views else []
+        return [slot for slot in moved if self.params[slot].numel() > 0]
 
     def params_of_others(self) -> set[Tensor]:
         """Parameters that are elsewhere, in memory that others have too."""
-        pairs = [(self.params[slot], self.specs[slot]) for slot in range(len(self.params)) if self._is_elsewhere(slot)]
+        pairs = [(self.params[slot], self.specs[slot]) for slot in self._find_elsewhere()]
         return {param for param, spec in pairs if not has_memory_of_its_own(param, spec)}
 
     def take_back(self, slots: Sequence[int]) -> None:
@@ -230,8 +228,7 @@ class Flat:
         Autograd then refuses a backward pass through a graph that was made with the values before, as it does after a
         step of RAdam.
         """
-        for slot in slots:  # one by one: not every release of torch takes a list
-            torch.autograd.graph.increment_version(self.params[slot])
+        increment_versions([self.params[slot] for slot in slots])
 
     def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy the own elements of a parameter's state, or zeros; masters from the parameter if it has none.
@@ -299,7 +296,7 @@ class Flat:
         return windows
 
     def _addresses_of_state(self) -> list[int]:
-        return addresses_of(view for views in self.local_state for view in views.values())
+        return addresses_of([view for views in self.local_state for view in views.values()])
 
     def slots_of_others(self, state: Mapping[Tensor, Mapping[Any, Any]], moments: bool) -> list[int]:
         """Slots whose entries in the optimizer's state are no longer the views, or whose views are elsewhere.
