@@ -58,19 +58,22 @@ def names(world_size: int, device: torch.device) -> list[str]:
 
 
 def make_params(
-    shapes: list[tuple[int, ...]], device: torch.device, grads: Sequence[Tensor | None]
+    shapes: list[tuple[int, ...]],
+    device: torch.device,
+    grads: Sequence[Tensor | None],
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Parameter]:
     """Parameters, equal on all ranks, that share the gradients given."""
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    params = [torch.nn.Parameter((torch.randn(shape, device=device) * 0.02).to(dtype)) for shape in shapes]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return params
 
 
-def make_grads(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
+def make_grads(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(shape, device=device) * 1e-3 for shape in shapes]
+    return [(torch.randn(shape, device=device) * 1e-3).to(dtype) for shape in shapes]
 
 
 def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -87,12 +90,12 @@ def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return ZeroRedundancyOptimizer(params, torch.optim.RAdam, parameters_as_bucket_view=True, lr=LR, foreach=True)
 
 
-def start() -> torch.device:
-    """Join torchrun's process group, or make one of one rank; returns the device of this rank."""
+def start(device_type: str | None = None) -> torch.device:
+    """Join torchrun's process group, or make one of one rank; returns this rank's device: a GPU if there is one."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if device_type != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

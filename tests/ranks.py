@@ -87,7 +87,7 @@ def _serve(connection: Connection) -> None:
         finally:
             if VERSION < (2, 8):
                 time.sleep(0.05)  # Gloo of torch 2.6 hangs if a thread of its own has yet to free a tensor
-            if dist.is_initialized():
+            if dist.is_initialized() and (backend == "gloo" or answer[0] == "ok"):  # NCCL would wait for the others
                 dist.destroy_process_group()
         connection.send(answer)
 

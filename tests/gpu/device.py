@@ -24,6 +24,9 @@ from tests.ranks import DEVICE
 
 IS_CUDA = DEVICE.type == "cuda"
 
+IS_ASKED_FOR = "TEST_DEVICE" in os.environ
+"""Not the suite of all tests, which has more thorough ones for the CPU, and takes a part of these."""
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 
 SMALL = 8e-3
@@ -44,9 +47,8 @@ def only_cuda(reason: str) -> pytest.MarkDecorator:
 
 _NO_NCCL = only_cuda("NCCL is for GPUs; Gloo runs the same here")
 GROUPS = [pytest.param("nccl", size, marks=_NO_NCCL, id=f"nccl-{size}") for size in (2, 4)]
-_GLOO_SIZES = (2, 4) if os.environ.get("TEST_DEVICE") == "cpu" else (2,)
-GROUPS += [pytest.param("gloo", size, id=f"gloo-{size}") for size in _GLOO_SIZES]
-"""Backends and world sizes. On a GPU, Gloo gets tensors that are there. The suite of all tests has 2 ranks only."""
+GROUPS += [pytest.param("gloo", size, id=f"gloo-{size}") for size in ((2, 4) if IS_ASKED_FOR and not IS_CUDA else (2,))]
+"""Backends and world sizes. On a GPU, Gloo gets tensors that are there."""
 
 
 # Streams
@@ -84,6 +86,12 @@ def sleep() -> None:
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
     else:
         time.sleep(0.001)
+
+
+def wait_for_device() -> None:
+    """Return when all that was launched has run."""
+    if IS_CUDA:
+        torch.cuda.synchronize()
 
 
 class _Deaf:

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from tests.gpu.device import Stream
+from tests.gpu.device import Stream, wait_for_device
 from tests.gpu.training import make_model, train, train_branches
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             train(0, 7, dtype, True, True)
         train_branches(0, 7, [Stream() for _ in range(3)])
-    torch.cuda.synchronize()
+    wait_for_device()
     print("no race")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_radam import ShardedRAdam
-from tests.gpu.device import SMALL, Stream, sleep
+from tests.gpu.device import SMALL, Stream, sleep, wait_for_device
 from tests.ranks import DEVICE
 
 NUMEL = 3001
@@ -46,31 +47,49 @@ def average_grads(model: nn.Module) -> None:
         param.grad.div_(dist.get_world_size())
 
 
-def train(rank: int, steps: int, dtype: torch.dtype, shards: bool, overlap: bool, **options: Any) -> list[Tensor]:
+def train(
+    rank: int,
+    steps: int,
+    dtype: torch.dtype,
+    shards: bool,
+    overlap: bool,
+    beside: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> list[Tensor]:
     """Weights, their averages, which a stream of its own keeps, and the losses.
 
     While parameters arrive, the averages and the next forward read them on two streams.
+
+    Args:
+        rank: of this process.
+        steps: how many.
+        dtype: of the model.
+        shards: whether gradients are sharded.
+        overlap: whether parameters arrive during forward.
+        beside: what is done while gradients are reduced and a step is taken, by its number.
     """
     model = make_model(dtype)
-    flags = {"transport": "native", "bucket_cap_mb": SMALL, "lr": 0.05, **options}
-    optimizer = ShardedRAdam(model.parameters(), shard_gradients=shards, **flags)
+    optimizer = ShardedRAdam(
+        model.parameters(), lr=0.05, transport="native", bucket_cap_mb=SMALL, shard_gradients=shards
+    )
     if overlap:
         optimizer.overlap_forward(model)
     averages, losses = [param.detach().clone() for param in model.parameters()], []
     batches, reader = [inputs(rank, step, dtype) for step in range(steps)], Stream()
-    for batch in batches:
+    for step, batch in enumerate(batches):
         loss = model(batch).sum()
         reader.join()  # what it reads is about to change
         losses.append(loss.detach())
-        loss.backward()
-        if not shards:
-            average_grads(model)
-        optimizer.step()
+        with beside(step):
+            loss.backward()
+            if not shards:
+                average_grads(model)
+            optimizer.step()
         optimizer.zero_grad()
         reader.follow()
         with reader.current(), torch.no_grad():
             torch._foreach_lerp_(averages, [param.detach() for param in model.parameters()], 0.1)
     reader.join()
+    wait_for_device()
     optimizer.check_replicas()
     return [*(param.detach().clone() for param in model.parameters()), *averages, *losses]
 
@@ -88,19 +107,16 @@ class SlowBackward(torch.autograd.Function):
         return grads[0].clone()
 
 
-def train_branches(rank: int, steps: int, streams: Sequence[Stream] | None, **options: Any) -> list[Tensor]:
+def train_branches(rank: int, steps: int, streams: Sequence[Stream] | None) -> list[Tensor]:
     """Sharded gradients of branches, each of which runs on a stream of its own, one later than the other.
 
     Args:
         rank: of this process.
         steps: how many.
         streams: one for each branch; None for the current one.
-        options: of the optimizer.
     """
     model = make_model(layers=3)
-    optimizer = ShardedRAdam(
-        model.parameters(), shard_gradients=True, transport="native", bucket_cap_mb=SMALL, lr=0.05, **options
-    )
+    optimizer = ShardedRAdam(model.parameters(), lr=0.05, transport="native", bucket_cap_mb=SMALL, shard_gradients=True)
     for step in range(steps):
         batch, outputs = inputs(rank, step), []
         for number, layer in enumerate(model):
