@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_radam import CheckpointManager, ShardedRAdam
+from sharded_radam.checkpoint import save as saving
 from tests.cases import assert_same
 from tests.gpu.device import GROUPS, SMALL
 from tests.gpu.training import inputs, make_model
@@ -42,18 +47,32 @@ def values(model: nn.Module, optimizer: ShardedRAdam) -> list[Tensor]:
     return [tensor.detach().to("cpu", copy=True) for tensor in (*params, *state)]
 
 
+@contextmanager
+def held_writes() -> Iterator[threading.Event]:
+    """Nothing is written before somebody says so."""
+    go, write = threading.Event(), saving.Save.write
+
+    def held(self: saving.Save) -> saving.SaveReport:
+        assert go.wait(60)
+        return write(self)
+
+    with mock.patch.object(saving.Save, "write", held):
+        yield go
+
+
 def save(rank: int, world_size: int, folder: str) -> list[list[Tensor]]:
     """What was saved, and what came of it."""
     results = []
     for dtype in DTYPES:
         model, optimizer = build(dtype)
-        with CheckpointManager(f"{folder}/{dtype}") as manager:
+        with CheckpointManager(f"{folder}/{dtype}") as manager, held_writes() as go:
             for number in range(STEPS):
                 if number == SAVED_AT:
                     results.append(values(model, optimizer))
                     manager.save(number, model=model, optimizer=optimizer, blocking=False)
-                step(model, optimizer, number)  # right away
-        results.append(values(model, optimizer))
+                step(model, optimizer, number)
+            results.append(values(model, optimizer))
+            go.set()
         if world_size > 1:
             dist.barrier()
         assert_same(load(rank, world_size, folder, dtype), results[-1], dtype)
