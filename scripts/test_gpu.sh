@@ -62,11 +62,12 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p runs
 
 status=0
+echo "== tests/gpu on: $name"
 # The time is a limit for what hangs; the tests take about five minutes.
 timeout --kill-after=10 1200 "$python" -m pytest tests/gpu -p no:cacheprovider -q -rfE -o addopts=--strict-markers \
     --durations=5 --junit-xml="$work/tests.xml" "${others[@]}" 2>&1 | tee "runs/gpu_$name.log"
 [ "${PIPESTATUS[0]}" = 0 ] || status=1
-echo
+echo "== one step on: $name"
 "$python" scripts/bench_gpu.py --device "$device" --json "$output" --tests "$work/tests.xml" --command "$command" \
     "${bench[@]}" || status=1
 echo
