@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 PACKAGE = Path(sharded_radam.__file__).parent
 
 FLOORS = [
-    {"compat", "version", "callers", "dtypes", "plan", "radam"},
+    {"compat", "version", "callers", "dtypes", "plan", "radam", "streams"},
     {"store", "compiled"},
     {"transport"},
     {"buckets"},
