@@ -9,13 +9,18 @@
 
 :class:`ShardedGradients` brings together who does what: ``hooks`` say what has come, ``places`` take it out of
 ``param.grad``, ``rounds`` say what is to be sent, ``packing`` sends it.
+
+Hooks run on the streams of their modules. All kernels here are in one :class:`~sharded_radam.streams.Lane`: during
+backward on the stream of the pass's first gradient, after whatever the other gradients came on; otherwise on that of
+the caller.
 """
 
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +34,7 @@ from sharded_radam.gradients.places import Places
 from sharded_radam.gradients.rounds import Event, Rounds, State
 from sharded_radam.gradients.schedule import Launch, SlotKey
 from sharded_radam.state.gather import gather_slot, move
+from sharded_radam.streams import Lane
 from sharded_radam.transport import Reducer, Transport
 
 
@@ -59,7 +65,9 @@ class ShardedGradients:
         self._arriving: SlotKey | None = None
         self._task = -1  # the backward pass of the last arrival
         self._generation = 0  # how often gradients were used or dropped
+        self._done = 0  # a checksum of the launches since ranks compared it last
         self._restarted = transport.restarted
+        self._lane = Lane.on(transport.device)
         self._set_flats(flats)
         self._hooks = Hooks(self)
         self._hooks.listen(self.params(), take_over=True)
@@ -67,7 +75,7 @@ class ShardedGradients:
     def _set_flats(self, flats: Sequence[Flat]) -> None:
         self.sums = Sums(flats, self.transport, self._reduce_dtype)
         self.rounds = Rounds([flat.plan for flat in flats])
-        self.places = Places(self.sums, weakref.ref(self), self._finite)
+        self.places = Places(self.sums, weakref.ref(self), self._finite, self._lane)
 
     @torch.no_grad()
     def lay_out(self, flats: Sequence[Flat]) -> None:
@@ -76,6 +84,7 @@ class ShardedGradients:
         Gradients, which must have been reduced, move along; those of parameters that leave become whole. New parameters
         may have gradients already, so a round is due.
         """
+        self._move()
         staying = {param for flat in flats for param in flat.params}
         present = {param for key, param in self.params() if self.places.is_present(key)}
         leaving = [param for _, param in self.params() if param in present and param not in staying]
@@ -110,7 +119,10 @@ class ShardedGradients:
         if self._task != (task := torch._C._current_graph_task_id()):
             self._task = task
             self.places.follow_dropped()
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)  # when that pass ends
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+            self._move()
+        if self._lane is not None:
+            self._lane.note()
         if not (self._syncs and self._switches.get("require_backward_grad_sync", True)):
             self.rounds.note(Event.HELD)
             return
@@ -124,7 +136,11 @@ class ShardedGradients:
         key, self._arriving = self._arriving, None
         if key is None:
             return
-        self.places.take(key)
+        if self._lane is None:
+            self.places.take(key)
+        else:
+            with self._lane.entered():
+                self.places.take(key)
         if not self.rounds.expects(key):
             return  # rare: it waits for the step
         self.rounds.take(key)
@@ -132,6 +148,10 @@ class ShardedGradients:
             self._launch_next()
         if self.rounds.is_over:
             self.rounds.end()
+
+    def _end_pass(self) -> None:
+        self._move()  # to whoever has called backward, for whom all is in order then
+        self.settle()
 
     def _end_round(self) -> None:
         while not self.rounds.is_over:
@@ -141,14 +161,24 @@ class ShardedGradients:
     @torch.no_grad()  # with create_graph=True, hooks run with gradients enabled
     def _launch_next(self) -> None:
         launch, done = self.rounds.next_launch()
-        self._send(launch)
-        self.places.release(launch.flat, done)
+        with self._in_lane():
+            self._send(launch)
+            self.places.release(launch.flat, done)
+
+    def _in_lane(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._lane is None else self._lane.entered()
+
+    def _move(self) -> None:
+        """Go on, on the current stream."""
+        if self._lane is not None:
+            self._lane.move()
 
     def _send(self, launch: Launch) -> None:
         """Begin to reduce the gradients of a launch, also those that have not come as a round expects them."""
         for key in ((launch.flat, slot) for slot in launch.slots):
             if key not in self.rounds.arrived:
                 self.places.take(key)
+        self._done = zlib.crc32(f"{self._generation} {launch.flat} {launch.bucket}".encode(), self._done)
         self.sums.send(launch, self.places.to_send(launch), self._mark(launch.bucket))
 
     def _mark(self, bucket: int) -> int:
@@ -177,6 +207,7 @@ class ShardedGradients:
             RuntimeError: on every rank, with ``check``, if one had a gradient that is not finite; or if the gradients
                 are in another optimizer's shards.
         """
+        self._move()
         self.settle()
         self._check_owner()
         self.places.follow_dropped()
@@ -197,11 +228,13 @@ class ShardedGradients:
 
     def reduce_once(self) -> None:
         """Collective the first time after a backward pass: reduce all that is left."""
+        self._move()
         if not self.rounds.is_reduced:
             self.finish()
 
     def end_rounds(self) -> None:
         """Send what was begun, and wait for it. Collective only after a backward pass that did not end."""
+        self._move()
         self.settle()
         if self.rounds.state is State.OPEN:
             self._end_round()  # other ranks may have come further, and wait for this one
@@ -218,7 +251,8 @@ class ShardedGradients:
                 )
 
     def _send_tail(self) -> None:
-        flags = self.transport.union([param.grad is not None for _, param in self.params()])
+        done, self._done = self._done, 0
+        flags = self.transport.union([param.grad is not None for _, param in self.params()], done)
         self.places.set_present(flags)
         for launch in self.rounds.schedule.tail:
             if any((launch.flat, slot) in self.places.has_grad for slot in launch.slots):
@@ -252,7 +286,7 @@ class ShardedGradients:
     def _restart(self) -> None:
         """Begin anew where every rank does: they have failed together, perhaps in the middle of a round."""
         self._restarted = self._generation = self.transport.restarted
-        self._arriving = None
+        self._arriving, self._done = None, 0
         self.places.has_grad.clear()
         self.rounds = Rounds([flat.plan for flat in self.sums.flats])
         self.sums.restart()
