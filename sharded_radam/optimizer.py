@@ -60,7 +60,7 @@ class ShardedRAdam(RAdam, Joinable):
             takes 5 to 40 seconds, and needs a compiler: g++ or clang++ on CPU, Triton on CUDA.
         process_group: whose ranks share the state; the default group if None. Without one, or with one rank, nothing
             is communicated.
-        bucket_cap_mb: size of a bucket in MiB.
+        bucket_cap_mb: size of a bucket in MiB. If None, 25 on CPU, and 4 a rank elsewhere, but from 64 to 256.
         parameters_as_bucket_view: if False, parameters keep their own memory, and the buckets cost as much again.
         transport: "native", "gloo", "shared_memory", or None to choose: native on CUDA, shared memory where all ranks
             are on CPUs of one host, otherwise gloo.
@@ -114,7 +114,7 @@ class ShardedRAdam(RAdam, Joinable):
         capturable: bool = False,
         differentiable: bool = False,
         process_group: dist.ProcessGroup | None = None,
-        bucket_cap_mb: float = 25.0,
+        bucket_cap_mb: float | None = None,
         parameters_as_bucket_view: bool = True,
         transport: str | None = None,
         shard_gradients: bool = False,

@@ -27,7 +27,7 @@ from sharded_radam.buckets.replaced import Replaced
 from sharded_radam.buckets.stretches import Stretches, memory_of
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece
-from sharded_radam.radam import follow_
+from sharded_radam.radam import endless, follow_
 
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
 """Dtypes that can be updated; parameters of others (quantized, frozen) take no part."""
@@ -58,8 +58,9 @@ class Flat:
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
     slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all. ``counters`` are the
-    slots' steps. ``reals`` is how many real numbers an element is. ``copied`` are slots whose parameters are no views
-    of the buffer: they are copied into it before an update and out of it after.
+    slots' steps, ``endless_step`` is what the fused kernel gets in their place. ``reals`` is how many real numbers an
+    element is. ``copied`` are slots whose parameters are no views of the buffer: they are copied into it before an
+    update and out of it after.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Flat:
         self.local_state = [self._views_of_state(slot) for slot in range(len(plan.slots))]
         self._state_addresses = self._addresses_of_state()
         self.counters = Counters([0.0] * len(plan.slots), torch.device("cpu"))
+        self.endless_step = endless(device)
         for slot in range(len(plan.slots)):
             self._complete_state(slot, None)
         self._index = {id(param): index for index, param in enumerate(self.params)}

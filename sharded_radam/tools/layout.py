@@ -57,13 +57,13 @@ def bytes_of(params: Sequence[ParamSpec]) -> int:
     return sum(param.numel * param.dtype.itemsize for param in params)
 
 
-def layout(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 25.0) -> Layout:
+def layout(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float | None = None) -> Layout:
     """The layout that ShardedRAdam would have.
 
     Args:
         params: as in ``make_plan``.
         world_size: number of ranks.
-        bucket_cap_mb: size of a bucket in MiB.
+        bucket_cap_mb: size of a bucket in MiB; as by default if None.
     """
     plan = make_plan(params, world_size, bucket_cap_mb)
     numel = sum(param.numel for param in params)
