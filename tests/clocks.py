@@ -95,8 +95,8 @@ class Work:
         self._tensors = ()
 
 
-class WorkOfGroup:
-    """Of several collectives that were begun together."""
+class Group:
+    """Several collectives in one call of the backend, in the place of what torch's _coalescing_manager yields."""
 
     def __init__(self) -> None:
         self.works: list[Work] = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_radam.gradients.grad_shard import GradShard
-from tests.clocks import Clock, Event, Stream, Work, WorkOfGroup
+from tests.clocks import Clock, Event, Group, Stream, Work
 
 
 class Access(NamedTuple):
@@ -115,34 +115,34 @@ class Races(TorchDispatchMode):
 
     def collective(self, what: str, reads: Iterable[Tensor], writes: Iterable[Tensor], is_async: bool) -> Work | None:
         """Communicate after all that the current stream has been given."""
-        self.collect()
-        reads, writes = list(reads), list(writes)
         if self._held is not None:
-            self._held.append((what, reads, writes))
+            self._held.append((what, list(reads), list(writes)))
             return None
-        self.communication.join(self.current.seen)
-        self.communication.join(self.host.seen)
-        number = self.communication.tick()
-        for tensor in reads:
-            self._access(tensor, self.communication, number, False, what)
-        for tensor in writes:
-            self._access(tensor, self.communication, number, True, what)
-        work = Work(self, [*reads, *writes])
+        work = self._communicate([(what, list(reads), list(writes))])
         if is_async:
             return work
         work.wait()
         return None
 
+    def _communicate(self, calls: Sequence[tuple[str, list[Tensor], list[Tensor]]]) -> Work:
+        self.collect()
+        self.communication.join(self.current.seen)
+        self.communication.join(self.host.seen)
+        number = self.communication.tick()
+        for what, reads, writes in calls:
+            for tensor in reads:
+                self._access(tensor, self.communication, number, False, what)
+            for tensor in writes:
+                self._access(tensor, self.communication, number, True, what)
+        return Work(self, [tensor for _, reads, writes in calls for tensor in (*reads, *writes)])
+
     @contextlib.contextmanager
-    def coalescing(self, *_: Any, async_ops: bool = False, **__: Any) -> Iterator[WorkOfGroup]:
+    def coalescing(self, *_: Any, async_ops: bool = False, **__: Any) -> Iterator[Group]:
         """In the place of torch.distributed._coalescing_manager."""
-        group, self._held = WorkOfGroup(), []
+        group, self._held = Group(), []
         yield group
         held, self._held = self._held, None
-        for each in held:
-            work = self.collective(*each, is_async=True)
-            assert work is not None
-            group.works.append(work)
+        group.works.append(self._communicate(held))
         if not async_ops:
             group.wait()
 
@@ -219,7 +219,8 @@ class Races(TorchDispatchMode):
         for name in dir(dist):
             if name.startswith(("all_", "reduce", "scatter", "gather", "broadcast", "isend", "irecv", "send", "recv")):
                 monkeypatch.setattr(dist, name, _COLLECTIVES.get(name, _unknown)(self, name))
-        monkeypatch.setattr(dist, "_coalescing_manager", self.coalescing)
+        for module in (dist, dist.distributed_c10d):
+            monkeypatch.setattr(module, "_coalescing_manager", self.coalescing)
 
 
 def _words(access: Access) -> str:

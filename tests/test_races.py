@@ -30,6 +30,7 @@ def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr("sharded_radam.step._is_check_due", lambda *_: False)  # it reads what it compares
     monkeypatch.setattr(Transport, "union", lambda self, flags, done: list(flags))
     monkeypatch.setattr("sharded_radam.transport._backend", lambda *_: "fake")
+    monkeypatch.setattr("sharded_radam.transport.native.COALESCING", ["fake"])
     world_size = getattr(request, "param", 2)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     yield world_size
