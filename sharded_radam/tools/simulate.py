@@ -41,8 +41,11 @@ class FakeTransport(NativeTransport):
 
 
 def _connect(choice: Choice) -> Transport:
-    assert choice.group is not None
-    return FakeTransport(choice.group, choice.device)
+    assert choice.groups.shard is not None
+    transport = FakeTransport(choice.groups.shard, choice.device, choice.meeting)
+    if choice.groups.replica is not None:
+        transport.add_replicas(FakeTransport(choice.groups.replica, choice.device, choice.meeting))
+    return transport
 
 
 class FakeOptimizer(ShardedRAdam):
