@@ -28,6 +28,7 @@ from sharded_radam.state.edits import find_edits, set_counts, take_back
 from sharded_radam.state.gather import move
 from sharded_radam.store.groups import Groups, groups_of
 from sharded_radam.store.meeting import Meeting
+from sharded_radam.store.peers import ranks_of
 from sharded_radam.transport import Choice, Transport, choose
 
 
@@ -73,6 +74,19 @@ class Shards:
     def when(self) -> str:
         """How far this rank has come, for errors."""
         return f"after {self.steps} steps"
+
+    def ranks(self) -> list[int]:
+        """Global ranks of all, in increasing order; this process alone is rank 0."""
+        return [0] if self.groups.shard is None else ranks_of(self.groups)
+
+    def row(self) -> list[int]:
+        """Global ranks of the shard group, in its order."""
+        return [0] if self.groups.shard is None else ranks_of(self.groups.shard)
+
+    @property
+    def global_rank(self) -> int:
+        """Of this process."""
+        return self.row()[self.transport.rank]
 
     def names(self) -> dict[Tensor, str]:
         """Of all parameters that are laid out."""

@@ -363,7 +363,7 @@ class ShardedRAdam(RAdam, Joinable):
 
     # State dicts
 
-    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+    def consolidate_state_dict(self, to: int | None = None) -> dict[str, Any] | None:
         """Collective: the whole state on one rank, as ``torch.optim.RAdam.state_dict()`` would have it.
 
         Bucket by bucket: beyond the result, rank ``to`` allocates one bucket. Tensors are on CPU, and the dict is
@@ -371,7 +371,8 @@ class ShardedRAdam(RAdam, Joinable):
         reads it. Half-precision parameters have a "master" beside their moments.
 
         Args:
-            to: rank of the process group that gets it.
+            to: global rank that gets it, also where ``process_group`` has only some of the ranks; the first of the
+                optimizer's ranks if None.
 
         Returns:
             The dict on rank ``to``, None elsewhere. Until the next step (or the next loading, or a new param group),
@@ -447,7 +448,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         return load.take_over(self, self._shards, groups, entries)
 
-    def full_precision_state_dict(self, model: nn.Module, to: int = 0) -> dict[str, Any] | None:
+    def full_precision_state_dict(self, model: nn.Module, to: int | None = None) -> dict[str, Any] | None:
         """Collective: the state dict of a half-precision model as it would be in fp32, on one rank.
 
         Parameters are their fp32 masters; what has none (other parameters, buffers) is converted. Tensors of full
@@ -456,7 +457,7 @@ class ShardedRAdam(RAdam, Joinable):
         Args:
             model: the model, wrapped or not; names have no prefix of a wrapper, and a tied weight has each of its names
                 with one tensor for all.
-            to: rank of the process group that gets it.
+            to: global rank that gets it; the first of the optimizer's ranks if None.
 
         Returns:
             Copies on CPU on rank ``to``, for ``load_state_dict`` of an fp32 model; None elsewhere.

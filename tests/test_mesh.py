@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import ShardedRAdam, make_mesh
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import run
 
@@ -34,7 +34,7 @@ def on_all_ranks(value: Any) -> list[Any]:
     return found
 
 
-def bits(tensors: Any) -> list[list[float]]:
+def bits(tensors: Any) -> list[Any]:
     return [tensor.detach().double().flatten().tolist() for tensor in tensors]
 
 
@@ -157,7 +157,7 @@ def pass_backward(params: list[Parameter], step: int, part: int, rank: int) -> N
         for index, param in enumerate(params)
         if has_grad(index, step, part, rank)
     ]
-    torch.stack(terms).sum().backward()
+    torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def mean_grads(params: list[Parameter], step: int, world_size: int) -> None:
@@ -188,7 +188,8 @@ def check_sharded(rank: int, world_size: int, shape: tuple[int, int]) -> None:
             for one, other in zip(ours, theirs, strict=True):
                 grad = sharded.full_grad(one)
                 assert (grad is None) == (other.grad is None)
-                assert grad is None or torch.equal(grad, other.grad), transport
+                if grad is not None and other.grad is not None:
+                    assert torch.equal(grad, other.grad), transport
             sharded.step()
             radam.step()
             sharded.zero_grad()
@@ -205,3 +206,127 @@ def check_sharded(rank: int, world_size: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sharded_gradients_are_the_mean_over_all_ranks(shape: tuple[int, int]) -> None:
     run(check_sharded, shape[0] * shape[1], shape)
+
+
+# Groups that do not fit
+
+
+def told(call: Any) -> str:
+    """The error that all ranks raise."""
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    texts: list[str] = on_all_ranks(str(error.value))
+    assert len(set(texts)) == 1, texts
+    return texts[0]
+
+
+def build(**options: Any) -> ShardedRAdam:
+    return ShardedRAdam(make_params(), **options)
+
+
+def check_misfits(rank: int, world_size: int) -> None:
+    mesh, line = mesh_of((2, 2)), init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "tp"))
+    assert "exclude each other" in told(lambda: build(mesh=mesh, process_group=dist.group.WORLD))
+    assert "exclude each other" in told(lambda: build(mesh=mesh, process_group=dist.group.WORLD if rank == 3 else None))
+    assert "has 3 dimensions: expected one" in told(lambda: build(mesh=cube))
+    assert "has 3 dimensions: expected one" in told(lambda: build(mesh=cube if rank == 2 else mesh))
+    assert "has 2 dimensions" in told(lambda: build(process_group=mesh))
+    assert "mesh= is a ProcessGroup: expected a torch" in told(lambda: build(mesh=dist.group.WORLD))
+    # Ranks that mean different meshes, or none.
+    wanted = "mesh differs between ranks: rank 0 has [[0, 1], [2, 3]], rank 1 has None"
+    assert wanted in told(lambda: build(mesh=line if rank == 1 else mesh))
+    assert wanted in told(lambda: build(mesh=None if rank == 1 else mesh))
+    rows, columns = mesh.get_group(1), mesh.get_group(0)
+    names, world = ("replicate", "shard"), dist.group.WORLD
+    assert world is not None
+    turned = DeviceMesh.from_group([rows, columns], "cpu", [[0, 2], [1, 3]], mesh_dim_names=names)
+    assert build(mesh=turned).process_group == columns  # a mesh as good as the other, on all ranks
+    text = told(lambda: build(mesh=turned if rank == 3 else mesh))
+    assert "mesh differs between ranks: rank 0 has [[0, 1], [2, 3]], rank 3 has [[0, 2], [1, 3]]" in text
+    # Megatron #6048: the layout is made for one group, and another one shares it, so nobody owns some shards.
+    whole = DeviceMesh.from_group([columns, world], "cpu", [[0, 1], [2, 3]], mesh_dim_names=names)
+    text = told(lambda: build(mesh=whole))
+    assert "the process group of its last dimension has the ranks [0, 1, 2, 3]" in text
+    text = told(lambda: build(mesh=whole if rank == 1 else mesh))
+    assert "has the ranks [0, 1, 2, 3], in this order, where the mesh has [0, 1]" in text
+    alone = [dist.new_group([each]) for each in range(world_size)][rank]
+    few = DeviceMesh.from_group([alone, rows], "cpu", [[0, 1], [2, 3]], mesh_dim_names=names)
+    text = told(lambda: build(mesh=few))
+    assert "first dimension" in text
+    # Another order: torch sorts the ranks of a group, so rank 1 would share the shards of rank 2.
+    order = [[1, 0], [2, 3]]
+    text = told(lambda: build(mesh=DeviceMesh.from_group([columns, rows], "cpu", order, mesh_dim_names=names)))
+    assert "in this order, where the mesh has [1, 0]" in text
+    # A rank in two places.
+    double = DeviceMesh.from_group([columns, rows], "cpu", [[0, 1], [2, 3]], mesh_dim_names=names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMesh, "mesh", torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]))
+        assert "has [0, 1, 2, 3] more than once" in told(lambda: build(mesh=double))
+    assert len(on_all_ranks(build(mesh=mesh).stats().rank)) == world_size  # and it still works
+
+
+def test_groups_that_do_not_fit_raise_on_every_rank() -> None:
+    run(check_misfits, 4)
+
+
+def check_some_ranks(rank: int, _world_size: int) -> None:
+    """Two meshes side by side, as where a model is split in two: ranks of one know nothing of the other."""
+    cube = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
+    mesh = cube["replicate", "shard"]
+    ours, theirs = make_params(), make_params()
+    sharded = ShardedRAdam(ours, foreach=True, bucket_cap_mb=SMALL, mesh=mesh, shard_gradients=True)
+    radam = torch.optim.RAdam(theirs, foreach=True)
+    ranks = mesh.mesh.flatten().tolist()
+    place = ranks.index(rank)
+    for step in range(STEPS if rank % 2 else 3):
+        for part in range(3):
+            pass_backward(ours, step, part, place)
+        mean_grads(theirs, step, 4)
+        sharded.step()
+        radam.step()
+        sharded.zero_grad()
+    assert_same(ours, theirs)
+    assert sharded._shards.ranks() == ranks
+    saved = sharded.consolidate_state_dict(to=ranks[2])
+    assert (saved is not None) == (rank == ranks[2])
+
+
+def test_a_mesh_of_some_ranks() -> None:
+    run(check_some_ranks, 8)
+
+
+# From torchrun's environment
+
+
+def check_made(rank: int, world_size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+
+        def set_place(nodes: int, per_node: int, node: int, local: int) -> None:
+            values = {"GROUP_WORLD_SIZE": nodes, "LOCAL_WORLD_SIZE": per_node, "GROUP_RANK": node, "LOCAL_RANK": local}
+            for name, value in values.items():
+                patch.setenv(name, str(value))
+
+        with pytest.raises(ValueError, match="rank 0 has not all of GROUP_WORLD_SIZE"):
+            make_mesh("cpu")
+        set_place(2, 2, rank // 2, rank % 2)
+        mesh = make_mesh("cpu")
+        assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
+        assert mesh.mesh_dim_names == ("replicate", "shard")
+        assert ShardedRAdam(make_params(), mesh=mesh).process_group == mesh.get_group("shard")
+        set_place(1, 4, 0, rank)
+        assert make_mesh("cpu").mesh.tolist() == [[0, 1, 2, 3]]
+        assert ShardedRAdam(make_params(), mesh=make_mesh("cpu"))._shards.transport.replicas is None
+        set_place(2, 3 if rank < 3 else 1, rank // 3, rank % 3)
+        text = told(lambda: make_mesh("cpu"))
+        assert "nodes have different numbers of ranks (3 on node 0, 1 on node 1)" in text
+        set_place(2, 2, rank % 2, rank // 2)
+        assert "rank 1 is number 0 of node 1, are not 2 nodes" in told(lambda: make_mesh("cpu"))
+        set_place(3, 2, rank // 2, rank % 2)
+        assert "are not 3 nodes with 2 ranks each" in told(lambda: make_mesh("cpu"))
+
+
+def test_a_mesh_of_torchruns_nodes() -> None:
+    run(check_made, 4)
+    with pytest.raises(RuntimeError, match=r"before torch\.distributed\.init_process_group"):
+        make_mesh("cpu")

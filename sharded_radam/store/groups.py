@@ -39,10 +39,10 @@ class Groups:
 
 
 def groups_of(group: dist.ProcessGroup | None, mesh: Any) -> Groups:
-    """The groups that ``process_group=`` and ``mesh=`` mean; not collective.
+    """The groups that ``process_group=`` and ``mesh=``, a DeviceMesh, mean; not collective.
 
     Raises:
-        TypeError: one of them is something else.
+        TypeError: ``process_group`` is something else.
         ValueError: both are given, this process is in none, or the groups of a mesh are not its rows and columns.
     """
     if mesh is None:
@@ -68,7 +68,9 @@ def ranks_of_mesh(mesh: Any) -> list[int]:
         ValueError: this process is not in it.
     """
     if not is_mesh(mesh):
-        raise TypeError(f"mesh={mesh!r}: expected a torch.distributed.device_mesh.DeviceMesh")
+        raise TypeError(
+            f"mesh= is a {type(mesh).__name__}: expected a torch.distributed.device_mesh.DeviceMesh, or process_group="
+        )
     ranks = sorted(set(mesh.mesh.flatten().tolist()))
     if dist.get_rank() not in ranks:
         raise ValueError(
@@ -118,8 +120,6 @@ def _group_of_mesh(group: Any) -> Any:
 
 
 def _check_dimensions(mesh: Any) -> None:
-    if not is_mesh(mesh):
-        raise TypeError(f"mesh={mesh!r}: expected a torch.distributed.device_mesh.DeviceMesh")
     if mesh.ndim not in (1, 2):
         names = mesh.mesh_dim_names or ("replicate", "shard")
         raise ValueError(
