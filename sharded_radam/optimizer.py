@@ -531,7 +531,14 @@ class ShardedRAdam(RAdam, Joinable):
         for flat in shards.flats:
             take_back(self, flat)
         is_fused, has_one_copy = bool(shards.options.fused), shards.transport.has_one_copy
-        return OptimizerPart(shards.flats, self.param_groups, self.state, model, is_fused, has_one_copy)
+        replicas = shards.transport.replicas
+        replica = (0, 1) if replicas is None else (replicas.rank, replicas.world_size)
+        return OptimizerPart(shards.flats, self.param_groups, self.state, model, is_fused, has_one_copy, replica)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks of all that this optimizer is on, of all replicas, in increasing order."""
+        return self._shards.ranks()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

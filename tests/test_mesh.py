@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_radam import ShardedRAdam, make_mesh
+from sharded_radam import CheckpointManager, GradScaler, ShardedRAdam, make_mesh
+from sharded_radam.checkpoint.format.index import read_index
+from sharded_radam.state.values import equal
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import run
 
@@ -330,3 +339,233 @@ def test_a_mesh_of_torchruns_nodes() -> None:
     run(check_made, 4)
     with pytest.raises(RuntimeError, match=r"before torch\.distributed\.init_process_group"):
         make_mesh("cpu")
+
+
+# What is measured, compared and broadcast
+
+
+class Buffered(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.norm.running_mean.fill_(seed)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.linear(x))
+        return found
+
+
+def backward(model: nn.Module, seed: int, factor: float = 1.0, scaler: GradScaler | None = None) -> None:
+    data = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    loss = model(data).pow(2).mean() * factor
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def check_measures(rank: int, world_size: int, shape: tuple[int, int]) -> None:
+    for transport in ("gloo", "shared_memory", "native"):
+        model, first = Buffered(rank), Buffered(0)
+        options: dict[str, Any] = {"mesh": mesh_of(shape), "transport": transport, "shard_gradients": True}
+        optimizer = ShardedRAdam(model.named_parameters(), module=model, check_gradients=True, **options)
+        assert_same(model.state_dict().values(), first.state_dict().values(), "broadcast at construction")
+        model.norm.running_mean.fill_(rank)  # type: ignore[union-attr]
+        optimizer.broadcast_buffers(model)
+        assert model.norm.running_mean.eq(0).all()  # type: ignore[union-attr]
+        # An inf on one rank only: all skip, whichever shard group it is in.
+        scaler = GradScaler("cpu", init_scale=4.0)
+        quiet = ShardedRAdam(model.named_parameters(), **options)
+        before = [param.detach().clone() for param in model.parameters()]
+        backward(model, rank, float("inf") if rank == world_size - 1 else 1.0, scaler)
+        scaler.unscale_(quiet)
+        scaler.step(quiet)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+        assert_same(model.parameters(), before, "skipped")
+        quiet.zero_grad()
+        backward(model, rank, 1.0, scaler)
+        scaler.step(quiet)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+        assert not torch.equal(next(model.parameters()), before[0])
+        # Who has what is not finite is named, of all ranks.
+        optimizer.zero_grad()
+        backward(model, rank, float("nan") if rank in (0, world_size - 1) else 1.0)
+        with pytest.raises(RuntimeError, match=rf"on rank 0: .*; rank {world_size - 1}: .*linear\.weight"):
+            optimizer.step()
+        optimizer.zero_grad()
+        # And who has other values.
+        kept = model.linear.bias.detach().clone()
+        with torch.no_grad():
+            model.linear.bias[1] += float(rank == world_size - 1)
+        with pytest.raises(RuntimeError, match=rf"'linear.bias' at \(1,\) differs: .* on rank {world_size - 1}"):
+            optimizer.check_replicas()
+        with torch.no_grad():
+            model.linear.bias.copy_(kept)
+        optimizer.param_groups[0]["lr"] = 0.1 * (rank == world_size - 1)
+        with pytest.raises(RuntimeError, match=r"lr of param group 0 differs: 0.0 on rank 0, 0.1 on rank"):
+            optimizer.check_replicas()
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_measures_are_those_of_all_ranks(shape: tuple[int, int]) -> None:
+    run(check_measures, shape[0] * shape[1], shape)
+
+
+# Ranks that fail
+
+
+def check_failures(rank: int, _world_size: int, transport: str, sharded: bool) -> None:
+    """What one rank raises, all raise that a step has something to do with; nobody waits for ever."""
+    params = make_params()
+    optimizer = ShardedRAdam(params, mesh=mesh_of((2, 2)), transport=transport, shard_gradients=sharded)
+
+    def iterate(step: int) -> None:
+        if sharded:
+            pass_backward(params, step, 2, rank)
+        else:
+            set_grads(params, step)
+        if rank == 3 and step == 3:
+            params[0].data = params[0].data.double()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for step in range(3):
+        iterate(step)
+    if not sharded and rank < 2:  # its shard group sends nothing to the other
+        iterate(3)
+        return
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"was torch\.float32 and is now torch\.float64") as error:
+        iterate(3)
+    assert time.monotonic() - began < 25
+    assert "rank 3: " in str(error.value)
+
+
+@pytest.mark.parametrize(("transport", "sharded"), [("gloo", True), ("shared_memory", True), ("gloo", False)])
+def test_what_one_rank_raises_all_raise(transport: str, sharded: bool) -> None:
+    run(check_failures, 4, transport, sharded)
+
+
+# Checkpoints
+
+
+def build_at(shape: tuple[int, ...] | None, params: list[Parameter], **options: Any) -> ShardedRAdam:
+    """Ours over a mesh of two dimensions, or one, or this process alone."""
+    named = [(str(index), param) for index, param in enumerate(params)]
+    if shape is None:
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        return ShardedRAdam(named, process_group=alone[dist.get_rank()], foreach=True, **options)
+    mesh = init_device_mesh("cpu", shape)
+    return ShardedRAdam(named, mesh=mesh, foreach=True, bucket_cap_mb=SMALL, **options)
+
+
+def train_whole(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: range) -> None:
+    for step in steps:
+        set_grads(params, step, missing_at(step))
+        optimizer.step()
+
+
+def check_checkpoints(rank: int, world_size: int, shape: tuple[int, int], folder: str) -> None:
+    theirs = make_params()
+    radam = torch.optim.RAdam(theirs, foreach=True)
+    train_whole(radam, theirs, range(1, 5))
+    model = nn.ParameterList(make_params())
+    sharded = build_at(shape, list(model))
+    train_whole(sharded, list(model), range(1, 5))
+    with CheckpointManager(folder) as manager:
+        report = manager.save(4, model=model, optimizer=sharded)
+    assert report is not None
+    sharded.save(f"{folder}/alone")
+    # Every element once, and the work is spread: of the optimizer, each rank has written its part of a part.
+    index = read_index(Path(folder, "alone"))
+    wanted = sum(param.numel() for param in theirs)
+    moments = {key: saved for key, saved in index.tensors.items() if "exp_avg" in key}
+    assert sum(math.prod(box.sizes) for saved in moments.values() for box in saved.boxes) == 2 * wanted
+    by_file: Counter[str] = Counter()
+    for saved in moments.values():
+        for box in saved.boxes:
+            by_file[box.extent.file] += math.prod(box.sizes)
+    assert len(by_file) == world_size
+    assert max(by_file.values()) <= 2 * sharded._shards.flats[0].plan.local_numel // shape[0] + 2
+    train_whole(radam, theirs, range(5, STEPS))
+    shapes: list[tuple[int, ...] | None] = [(shape[1], shape[0]), (world_size,), (1, world_size), shape, None]
+    for other in shapes:
+        for path in ("step_4", "alone"):
+            params = nn.ParameterList(make_params())
+            loaded = build_at(other, list(params))
+            if path == "alone":
+                with torch.no_grad():
+                    for param, value in zip(params, model, strict=True):
+                        param.copy_(value)
+                loaded.load(f"{folder}/{path}")
+            else:
+                group = loaded.process_group if other is None else None
+                with CheckpointManager(folder, process_group=group) as manager:
+                    manager.load(4, model=params, optimizer=loaded)
+            train_whole(loaded, list(params), range(5, STEPS))
+            assert_same(params, theirs, (other, path))
+            dist.barrier()
+    # What one process had saved, and what torch saves.
+    once = build_at(None, list(make_params()))
+    assert once.ranks == [rank]
+    dcp.save(  # type: ignore[attr-defined]
+        {"optimizer": sharded.sharded_state_dict()}, checkpoint_id=f"{folder}/torchs"
+    )
+    again = nn.ParameterList(make_params())
+    other_mesh = build_at((shape[1], shape[0]), list(again))
+    state = {"optimizer": other_mesh.sharded_state_dict()}
+    dcp.load(  # type: ignore[attr-defined]
+        state, checkpoint_id=f"{folder}/torchs"
+    )
+    other_mesh.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for param, value in zip(again, model, strict=True):
+            param.copy_(value)
+    train_whole(other_mesh, list(again), range(5, STEPS))
+    assert_same(again, theirs)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (2, 4)])
+def test_a_checkpoint_has_each_element_once_and_loads_anywhere(shape: tuple[int, int], tmp_path: Path) -> None:
+    run(check_checkpoints, shape[0] * shape[1], shape, str(tmp_path))
+
+
+def check_consolidation(rank: int, world_size: int, shape: tuple[int, int]) -> None:
+    theirs = make_params(torch.bfloat16)
+    ours = make_params(torch.bfloat16)
+    model = nn.ParameterList(ours)
+    alone, sharded = build_at(None, theirs), build_at(shape, ours)
+    for optimizer, params in ((alone, theirs), (sharded, ours)):
+        train_whole(optimizer, params, range(1, STEPS))
+    wanted, masters = alone.consolidate_state_dict(), alone.full_precision_state_dict(nn.ParameterList(theirs))
+    assert wanted is not None
+    assert masters is not None
+    for to in range(world_size):
+        found = sharded.consolidate_state_dict(to=to)
+        assert (found is not None) == (rank == to)
+        if found is not None:
+            assert equal(found["state"], wanted["state"])
+            assert equal(sharded.state_dict()["state"], wanted["state"])
+        full = sharded.full_precision_state_dict(model, to=to)
+        assert (full is not None) == (rank == to)
+        assert full is None or equal(full, masters)
+    assert (sharded.consolidate_state_dict() is not None) == (rank == 0)
+    assert "to=7: expected a rank of the group, 0 to 3" in told(lambda: sharded.consolidate_state_dict(to=7))
+    for on_rank_0 in (True, False):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=on_rank_0)
+        gathered = get_optimizer_state_dict(model, sharded, options=options)
+        assert bool(gathered) == (not on_rank_0 or rank == 0)
+    new = build_at((shape[1], shape[0]), make_params(torch.bfloat16))
+    new.load_state_dict(wanted)
+    again = new.consolidate_state_dict(to=1)
+    assert again is None or equal(again["state"], wanted["state"])
+    copied = copy.deepcopy(sharded)
+    set_grads([param for group in copied.param_groups for param in group["params"]], STEPS)
+    copied.step()
+    replicas_are_equal(copied, shape)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_the_state_is_gathered_on_a_global_rank(shape: tuple[int, int]) -> None:
+    run(check_consolidation, 4, shape)
