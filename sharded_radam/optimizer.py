@@ -197,7 +197,8 @@ class ShardedRAdam(RAdam, Joinable):
 
     def describe(self) -> str:
         """Who owns what, of all ranks: a line for each shard of each bucket. Not collective."""
-        return f"{self.stats()}\n{ownership([(flat.plan, flat.specs) for flat in self._shards.flats])}"
+        plans = [(flat.plan, flat.specs) for flat in self._shards.flats]
+        return f"{self.stats()}\n{ownership(plans, self._shards.groups.rows)}"
 
     # Step
 
