@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,7 +25,7 @@ from sharded_radam import CheckpointManager, GradScaler, ShardedRAdam, make_mesh
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.state.values import equal
 from tests.cases import assert_same, make_params, missing_at, set_grads
-from tests.ranks import run
+from tests.ranks import ends, run
 
 SHAPES = ((2, 1), (1, 2), (2, 2), (2, 4), (4, 2))
 """Replicas, shards: 2, 4 and 8 ranks."""
@@ -130,7 +132,8 @@ def check_ddp(rank: int, _world_size: int, shape: tuple[int, int]) -> None:
     assert_same(ours, theirs)
     replicas_are_equal(optimizer, shape)
     for transport in ("gloo", "native", "shared_memory"):
-        options = {"mesh": mesh_of(shape), "bucket_cap_mb": SMALL, "shard_gradients": True, "transport": transport}
+        options: dict[str, Any] = {"mesh": mesh_of(shape), "bucket_cap_mb": SMALL, "transport": transport}
+        options |= {"shard_gradients": True, "share_parameters": transport == "shared_memory" and shape[1] > 1}
         first, optimizer = train_net(rank, True, **options)
         again, _ = train_net(rank, True, **options)
         assert_same(first, again, transport)
@@ -139,7 +142,7 @@ def check_ddp(rank: int, _world_size: int, shape: tuple[int, int]) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1), (3, 2)])
 def test_training_is_that_of_ddp_and_radam(shape: tuple[int, int]) -> None:
     run(check_ddp, shape[0] * shape[1], shape)
 
@@ -215,6 +218,27 @@ def check_sharded(rank: int, world_size: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sharded_gradients_are_the_mean_over_all_ranks(shape: tuple[int, int]) -> None:
     run(check_sharded, shape[0] * shape[1], shape)
+
+
+def half_results(rank: int, _world_size: int, shape: tuple[int, ...], reduce_dtype: torch.dtype | None) -> Any:
+    params = make_params(torch.bfloat16)
+    mesh = init_device_mesh("cpu", shape)
+    sharded = ShardedRAdam(params, bucket_cap_mb=SMALL, mesh=mesh, shard_gradients=True, reduce_dtype=reduce_dtype)
+    for step in range(STEPS):
+        for part in range(2):
+            pass_backward(params, step, part, rank)
+        sharded.step()
+        sharded.zero_grad()
+    return bits(params)
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
+def test_half_precision_has_the_bits_of_one_shard_group(reduce_dtype: torch.dtype | None) -> None:
+    """Replicas average sums of fp32."""
+    wanted = run(half_results, 4, (4,), reduce_dtype)
+    assert all(each == wanted[0] for each in wanted)
+    for shape in ((2, 2), (4, 1)):
+        assert run(half_results, 4, shape, reduce_dtype) == wanted
 
 
 # Groups that do not fit
@@ -445,6 +469,26 @@ def check_failures(rank: int, _world_size: int, transport: str, sharded: bool) -
 @pytest.mark.parametrize(("transport", "sharded"), [("gloo", True), ("shared_memory", True), ("gloo", False)])
 def test_what_one_rank_raises_all_raise(transport: str, sharded: bool) -> None:
     run(check_failures, 4, transport, sharded)
+
+
+def die_in_step(rank: int, _world_size: int, transport: str) -> None:
+    params = make_params()
+    optimizer = ShardedRAdam(params, mesh=mesh_of((2, 2)), transport=transport, shard_gradients=True)
+    for step in range(3):
+        pass_backward(params, step, 2, rank)
+        if rank == 3 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_rank_that_is_killed_is_named_in_both_shard_groups() -> None:
+    for *others, last in ends(die_in_step, 4, ("gloo",), ("shared_memory",)):
+        assert last.status == -signal.SIGKILL
+        for end in others:
+            assert end.status == 1
+            assert end.text.startswith("RuntimeError: step 3: "), end
+            assert "rank 3 has ended: it was killed" in end.text or "rank 3 is gone" in end.text, end
 
 
 # Checkpoints

@@ -194,6 +194,7 @@ class Sums:
 
     def restart(self) -> None:
         """Forget what is under way, on all ranks."""
+        self._averages = None
         if self.reducer is not None:
             self.reducer.restart()
 

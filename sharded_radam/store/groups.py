@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -53,7 +54,7 @@ def groups_of(group: dist.ProcessGroup | None, mesh: Any) -> Groups:
     _check_dimensions(mesh)
     if mesh.ndim == 1:
         return Groups(own_group(mesh))
-    rows: Rows = tuple(tuple(row) for row in mesh.mesh.tolist())
+    rows: Rows = tuple(map(tuple, _read(mesh)))
     _check_members(rows, dist.get_rank())
     shard, replica = own_group(mesh.get_group(1)), own_group(mesh.get_group(0))
     _check_rows(rows, shard, replica)
@@ -71,13 +72,23 @@ def ranks_of_mesh(mesh: Any) -> list[int]:
         raise TypeError(
             f"mesh= is a {type(mesh).__name__}: expected a torch.distributed.device_mesh.DeviceMesh, or process_group="
         )
-    ranks = sorted(set(mesh.mesh.flatten().tolist()))
+    ranks = sorted(set(_leaves(_read(mesh))))
     if dist.get_rank() not in ranks:
         raise ValueError(
             f"mesh={mesh!r} does not contain this process (global rank {dist.get_rank()}): build the optimizer only "
             "on the ranks of its mesh"
         )
     return ranks
+
+
+def _read(mesh: Any) -> Any:
+    """Global ranks in nested lists, also under fake tensors."""
+    with _disable_current_modes():
+        return mesh.mesh.tolist()
+
+
+def _leaves(nested: Any) -> list[int]:
+    return [leaf for each in nested for leaf in _leaves(each)] if isinstance(nested, list) else [nested]
 
 
 def is_mesh(group: Any) -> bool:

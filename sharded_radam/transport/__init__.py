@@ -92,7 +92,7 @@ class Choice:
         gloo = GlooTransport(groups.shard, self.device, *places)
         if self.name == "gloo":
             return gloo, self.reason
-        timeout = timeout_of(groups.shard)
+        timeout = min(timeout_of(groups.shard), gloo.meeting.timeout)  # those of a DeviceMesh have torch's default
         signals = connect(gloo.rank, gloo.world_size, gloo.all_gather_objects, timeout, gloo.names)
         problem = signals if isinstance(signals, str) else None
         if groups.replica is not None:  # all shard groups, or none

@@ -164,6 +164,8 @@ class Transport(ABC):
         try:
             yield
         except LostError as error:
+            if is_agreed(error):
+                raise
             self.fail(error)
 
     def fail(self, problem: Exception) -> NoReturn:

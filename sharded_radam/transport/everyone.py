@@ -46,5 +46,5 @@ class Everyone:
         """Every rank's picklable object, in the order of where they meet."""
         with self._shard.losing_ranks():
             rows = self._replicas.all_gather_objects(self._shard.all_gather_objects((self.rank, item)))
-        by_rank = dict(pair for row in rows for pair in row)
-        return [by_rank[rank] for rank in range(self.world_size)]
+        pairs = [pair for row in rows for pair in row]
+        return [item for _, item in sorted(pairs, key=lambda pair: pair[0])]
