@@ -79,6 +79,8 @@ def check_whole(_rank: int, _world_size: int, shape: tuple[int, int]) -> None:
             assert shards.world_size == sharded._shards.flats[0].plan.world_size == shape[1]
             assert shards.name == ("none" if shape[1] == 1 else transport)
             assert (shards.replicas is None) == (shape[0] == 1)
+            if shards.replicas is not None:
+                assert shards.replicas.name == ("native" if transport == "native" else "gloo")
             # Nothing but the comparison at the first step leaves the shard group.
             assert "broadcast" not in shards.meter.collectives
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,7 @@ class Choice:
         meeting: where all ranks meet; that of the group if None.
         required: whether shared memory was asked for, so that there is no other way if the ranks have none.
         share_parameters: one copy of the parameters for all ranks of the host.
+        has_native_replicas: whether replicas use the backend's own collectives, too.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Choice:
     meeting: Meeting | None = None
     required: bool = False
     share_parameters: bool = False
+    has_native_replicas: bool = False
 
     def connect(self) -> Transport:
         """Collective: make it.
@@ -111,10 +113,9 @@ class Choice:
 
     def _connect_replicas(self, meeting: Meeting) -> Transport:
         """They are on several hosts, as a rule: nothing is shared."""
-        group = self.groups.replica
-        assert group is not None
-        is_gloo = self.name != "native" and _sends_messages(self.device, _backend(group, self.device))
-        return (GlooTransport if is_gloo else NativeTransport)(group, self.device, meeting)
+        assert self.groups.replica is not None
+        kind = NativeTransport if self.has_native_replicas else GlooTransport
+        return kind(self.groups.replica, self.device, meeting)
 
 
 def choose(
@@ -140,23 +141,28 @@ def choose(
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"transport={name!r}: expected None or one of {NAMES}")
+    choice = _choose(groups, device, name, share_parameters)
+    replica = groups.replica
+    is_native = replica is not None and (name == "native" or not _sends_messages(device, _backend(replica, device)))
+    return replace(choice, meeting=meeting, has_native_replicas=is_native)
+
+
+def _choose(groups: Groups, device: torch.device, name: str | None, share_parameters: bool) -> Choice:
     if groups.shard is None:
         _warn_if_launched()
         return Choice("none", "torch.distributed is not initialised", groups, device)
-    if groups.replica is not None:
-        _backend(groups.replica, device)
     if groups.shard_size == 1:
-        return Choice("none", "there is one rank", groups, device, meeting)
+        return Choice("none", "there is one rank", groups, device)
     backend = _backend(groups.shard, device)
     _check_choice(name, share_parameters, device, backend)
     asked_for = f"transport={name!r} was asked for"
     if name == "native" or not _sends_messages(device, backend):
         reason = asked_for if name else f"{device.type} tensors, a {backend} backend"
-        return Choice("native", reason, groups, device, meeting)
+        return Choice("native", reason, groups, device)
     if name == "gloo":
-        return Choice("gloo", asked_for, groups, device, meeting)
+        return Choice("gloo", asked_for, groups, device)
     required, reason = name is not None or share_parameters, "all ranks are on CPUs of one host"
-    return Choice("shared_memory", reason, groups, device, meeting, required, share_parameters)
+    return Choice("shared_memory", reason, groups, device, None, required, share_parameters)
 
 
 def make_transport(
