@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import trainers
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sharded_radam import ShardedRAdam
 from sharded_radam.plan import ParamSpec, make_plan
@@ -78,9 +79,9 @@ class Layer(nn.Module):
         return x
 
 
-def bag(shapes: list[tuple[int, ...]], device: torch.device, grads: list[Tensor]) -> nn.Sequential:
+def bag(shapes: list[tuple[int, ...]], device: torch.device, grads: list[Tensor], dtype: torch.dtype) -> nn.Sequential:
     """A model of parameters of these shapes; its forward returns its input."""
-    params = peers.make_params(shapes, device, [None] * len(shapes))
+    params = peers.make_params(shapes, device, [None] * len(shapes), dtype)
     blocks = [slice(i, i + BLOCK) for i in range(0, len(params), BLOCK)]
     return nn.Sequential(*(Layer(params[at], grads[at]) for at in blocks))
 
@@ -100,13 +101,13 @@ Build = Callable[[], Callable[[], object]]
 """Makes a peer, and returns what is to be timed."""
 
 
-def step_cases(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, Build]:
+def step_cases(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Build]:
     """Optimizers, each with a step to time."""
-    grads = peers.make_grads(shapes, device)
+    grads = peers.make_grads(shapes, device, dtype)
 
     def builder(name: str) -> Build:
         def build() -> Callable[[], object]:
-            optimizer = peers.build(name, peers.make_params(shapes, device, grads))
+            optimizer = peers.build(name, peers.make_params(shapes, device, grads, dtype))
             if name != peers.FLOOR:
                 return optimizer.step
             assert isinstance(optimizer, ShardedRAdam)
@@ -119,30 +120,35 @@ def step_cases(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str,
 
         return build
 
-    return {name: builder(name) for name in peers.names(dist.get_world_size(), device)}
+    return {name: builder(name) for name in peers.names(dist.get_world_size(), device, dtype)}
 
 
-def sync_cases(shapes: list[tuple[int, ...]], device: torch.device) -> dict[str, Build]:
+def sync_cases(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Build]:
     """Whole iterations without a model."""
-    grads = peers.make_grads(shapes, device)
+    grads = peers.make_grads(shapes, device, dtype)
+    policy = None if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
     def builder(name: str) -> Build:
         def build() -> Callable[[], object]:
             x = torch.ones((), device=device, requires_grad=True)
             if name == BACKWARD:
-                model = bag(shapes, device, grads)
+                model = bag(shapes, device, grads, dtype)
 
                 def backward() -> None:
                     model(x).backward()
                     model.zero_grad()
 
                 return backward
-            trainer = trainers.Trainer(name, lambda: bag(shapes, device, grads), lambda model: list(model.children()))
+            # FSDP2 has masters as parameters, which its policy makes half precision of.
+            own = torch.float32 if name == trainers.FSDP else dtype
+            trainer = trainers.Trainer(
+                name, lambda: bag(shapes, device, grads, own), lambda model: list(model.children()), policy
+            )
             return lambda: trainer.iterate(x)
 
         return build
 
-    return {name: builder(name) for name in (*trainers.names(dist.get_world_size()), BACKWARD)}
+    return {name: builder(name) for name in (*trainers.names(dist.get_world_size(), dtype), BACKWARD)}
 
 
 def measure(
@@ -191,7 +197,7 @@ def plan_milliseconds(world_size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=sorted(peers.SHAPES), default=["gpt2", "small"])
+    parser.add_argument("--shapes", nargs="+", choices=sorted(peers.SHAPES), default=["gpt2", "small", "bf16"])
     parser.add_argument("--rounds", type=int, default=3, help="of each pass")
     parser.add_argument("--warmup", type=int, default=5, help="rounds of each pass that are not counted")
     parser.add_argument("--passes", type=int, default=3)
@@ -205,18 +211,19 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine, "rounds": arguments.rounds * arguments.passes}
     result |= {"step": {}, "sync_and_step": {}, "plan_ms": {}}
     for name in arguments.shapes:
-        shapes = peers.SHAPES[name]()
+        shapes, dtype = peers.SHAPES[name](), peers.dtype_of(name)
         numel = sum(torch.Size(shape).numel() for shape in shapes)
-        moved_ms = copy_milliseconds(numel * 4 * (ranks - 1) // ranks, device)
+        moved_ms = copy_milliseconds(numel * dtype.itemsize * (ranks - 1) // ranks, device)
         counts = (arguments.rounds, arguments.warmup, arguments.passes, device)
-        steps = peers.summarise(measure(step_cases(shapes, device), *counts), peers.OURS)
+        ours, zero2 = peers.names(ranks, device, dtype)[0], trainers.names(ranks, dtype)[0]
+        steps = peers.summarise(measure(step_cases(shapes, device, dtype), *counts), ours)
         floor = steps[peers.FLOOR]["median_ms"]
-        add_limit(steps, floor, moved_ms, peers.OURS)
+        add_limit(steps, floor, moved_ms, ours)
         if is_main:
             print(f"\n{name}: {len(shapes)} tensors, {numel / 1e6:.1f}M elements")
             peers.show("optimizer step", steps)
-        syncs = peers.summarise(measure(sync_cases(shapes, device), *counts), trainers.ZERO2)
-        add_limit(syncs, floor, 2 * moved_ms, trainers.ZERO2)
+        syncs = peers.summarise(measure(sync_cases(shapes, device, dtype), *counts), zero2)
+        add_limit(syncs, floor, 2 * moved_ms, zero2)
         if is_main:
             peers.show("gradient synchronisation + step", syncs)
         result["step"][name], result["sync_and_step"][name] = steps, syncs

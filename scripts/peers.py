@@ -39,9 +39,18 @@ def small_shapes() -> list[tuple[int, ...]]:
     return (block * 42)[:500]
 
 
+def half_shapes() -> list[tuple[int, ...]]:
+    """20M elements in the manner of a GPT: 6 blocks of width 512."""
+    block = [(512,), (512,), (1536, 512), (1536,), (512, 512), (512,)]
+    block += [(512,), (512,), (2048, 512), (2048,), (512, 2048), (512,)]
+    return [(2048, 512), (128, 512), *(6 * block), (512,), (512,)]
+
+
 SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "gpt2": gpt2_shapes,
     "small": small_shapes,
+    "bf16": half_shapes,
+    "tiny-bf16": lambda: half_shapes()[3:9],
     "tiny": lambda: small_shapes()[:24],
     "one": lambda: [(50_000_000,)],
 }
@@ -50,10 +59,18 @@ OURS, FLOOR, DDP, ZERO = "sharded_radam", "sharded_radam, no communication", "DD
 OURS_GLOO, OURS_SHARED = "sharded_radam, transport gloo", "sharded_radam, share_parameters"
 OURS_SHARDED = "sharded_radam, shard_gradients"
 OURS_MESH = "sharded_radam, mesh of 2 replicas"
+OURS_COMPILED = "sharded_radam, compiled"
 
 
-def names(world_size: int, device: torch.device) -> list[str]:
-    """The optimizers that can run here."""
+def dtype_of(shapes: str) -> torch.dtype:
+    """That of the parameters of ``SHAPES[shapes]``."""
+    return torch.bfloat16 if "bf16" in shapes else torch.float32
+
+
+def names(world_size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The optimizers that can run here; the first is what the others' times are divided by."""
+    if dtype == torch.bfloat16:
+        return [OURS_COMPILED, OURS, FLOOR, *((ZERO,) if world_size > 1 else ()), DDP]
     if world_size == 1:
         return [OURS, FLOOR, DDP]
     mesh = (OURS_MESH,) if world_size >= 4 and world_size % 2 == 0 else ()
@@ -66,25 +83,29 @@ def two_replicas(device_type: str) -> DeviceMesh:
 
 
 def make_params(
-    shapes: list[tuple[int, ...]], device: torch.device, grads: Sequence[Tensor | None]
+    shapes: list[tuple[int, ...]],
+    device: torch.device,
+    grads: Sequence[Tensor | None],
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Parameter]:
     """Parameters, equal on all ranks, that share the gradients given."""
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    params = [torch.nn.Parameter((torch.randn(shape, device=device) * 0.02).to(dtype)) for shape in shapes]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return params
 
 
-def make_grads(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
+def make_grads(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(shape, device=device) * 1e-3 for shape in shapes]
+    return [(torch.randn(shape, device=device) * 1e-3).to(dtype) for shape in shapes]
 
 
 def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a peer; for "DDP + RAdam" the replicated one, since DDP is no part of the step."""
-    if peer in (OURS, FLOOR):
-        return ShardedRAdam(params, lr=LR)
+    if peer in (OURS, FLOOR, OURS_COMPILED):
+        is_compiled = peer == OURS_COMPILED or (peer == FLOOR and params[0].dtype == torch.bfloat16)
+        return ShardedRAdam(params, lr=LR, compiled=is_compiled)
     if peer in (OURS_GLOO, OURS_SHARED):
         transport, share = ("gloo", False) if peer == OURS_GLOO else (None, True)
         return ShardedRAdam(params, lr=LR, transport=transport, share_parameters=share)

@@ -25,7 +25,8 @@ Panel = tuple[str, dict[str, float]]
 
 
 def step_panels(result: dict[str, Any]) -> Iterator[Panel]:
-    for shapes, what in (("gpt2", "GPT-2 124M"), ("small", "500 tensors, 8.1M")):
+    titles = {"gpt2": "GPT-2 124M", "small": "500 tensors, 8.1M", "bf16": "20M in bf16"}
+    for shapes, what in ((shapes, what) for shapes, what in titles.items() if shapes in result["step"]):
         for key, title in (("step", "optimizer step"), ("sync_and_step", "gradient synchronisation + step")):
             rows = result[key][shapes]
             yield f"{title}, {what}, ms", {name: row["median_ms"] for name, row in rows.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +28,8 @@ DDP = "DDP + RAdam foreach"
 ZERO = "DDP + ZeroRedundancyOptimizer"
 FSDP = "FSDP2 + RAdam foreach"
 DEEPSPEED = "DeepSpeed ZeRO-2 + RAdam foreach"
-OURS = (ZERO1, ZERO2, ZERO2_GLOO, ONE_COPY, ZERO2_MESH)
+COMPILED = "sharded_radam, shard_gradients, compiled"
+OURS = (ZERO1, ZERO2, ZERO2_GLOO, ONE_COPY, ZERO2_MESH, COMPILED)
 
 
 def have_deepspeed() -> bool:
@@ -37,8 +38,10 @@ def have_deepspeed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
-def names(world_size: int) -> list[str]:
-    """The peers that can run here."""
+def names(world_size: int, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The peers that can run here; the first is what the others' times are divided by."""
+    if dtype == torch.bfloat16:
+        return [COMPILED, ZERO2, *((ZERO, FSDP) if world_size > 1 else ()), DDP]
     if world_size == 1:
         return [ZERO2, ZERO1, DDP]
     found = [ZERO2, ONE_COPY, ZERO2_GLOO, ZERO1, ZERO, DDP, FSDP]
@@ -56,10 +59,15 @@ class Trainer:
         name: of the peer.
         make_model: returns the model, equal on all ranks, whose forward returns the loss.
         blocks: the modules of a model that FSDP2 is to shard one by one.
+        policy: in which dtypes FSDP2 computes and reduces; that of the parameters if None.
     """
 
     def __init__(
-        self, name: str, make_model: Callable[[], nn.Module], blocks: Callable[[nn.Module], list[nn.Module]]
+        self,
+        name: str,
+        make_model: Callable[[], nn.Module],
+        blocks: Callable[[nn.Module], list[nn.Module]],
+        policy: MixedPrecisionPolicy | None = None,
     ) -> None:
         self.name = name
         model = make_model()
@@ -72,7 +80,7 @@ class Trainer:
                 "cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),)
             )
             for module in (*blocks(model), model):
-                fully_shard(module, mesh=mesh)
+                fully_shard(module, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
         elif name in (ZERO1, ZERO, DDP):
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.model = model
@@ -82,7 +90,11 @@ class Trainer:
         params = model.parameters()
         if name in OURS:
             transport = "gloo" if name == ZERO2_GLOO else None
-            options: dict[str, Any] = {"shard_gradients": name != ZERO1, "share_parameters": name == ONE_COPY}
+            options: dict[str, Any] = {
+                "shard_gradients": name != ZERO1,
+                "share_parameters": name == ONE_COPY,
+                "compiled": name == COMPILED,
+            }
             if name == ZERO2_MESH:
                 options["mesh"] = peers.two_replicas("cuda" if torch.cuda.is_available() else "cpu")
             return ShardedRAdam(params, lr=LR, transport=transport, **options)

@@ -22,7 +22,7 @@ class Options:
     """Arguments that RAdam does not have; they are the optimizer's, and no group's."""
 
     fused: bool | None
-    bucket_cap_mb: float
+    bucket_cap_mb: float | None
     as_views: bool
     shard_gradients: bool
     check_gradients: bool
@@ -43,7 +43,7 @@ class Arguments:
 
     process_group: dist.ProcessGroup | None
     mesh: Any
-    bucket_cap_mb: float
+    bucket_cap_mb: float | None
     fused: bool | None
     compiled: bool
     foreach: bool | None
@@ -59,7 +59,7 @@ class Arguments:
 
     def check(self, world_size: int) -> None:
         """Raise ValueError for what is out of range, or excludes each other."""
-        if not 0 < self.bucket_cap_mb < math.inf:
+        if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
             raise ValueError(f"bucket_cap_mb={self.bucket_cap_mb}: expected a size in MiB, above 0 and finite")
         if not isinstance(self._check_replicas(), int) or self._check_replicas() < 0:
             raise ValueError(f"check_replicas={self.check_replicas}: expected a number of steps, or 0")
@@ -110,7 +110,7 @@ class Arguments:
     def offer(self) -> dict[str, Any]:
         """What must be equal on all ranks, as JSON values."""
         return {
-            "bucket_cap_mb": float(self.bucket_cap_mb),
+            "bucket_cap_mb": None if self.bucket_cap_mb is None else float(self.bucket_cap_mb),
             "fused": self.fused and bool(self.fused),
             "compiled": bool(self.compiled),
             "parameters_as_bucket_view": bool(self.parameters_as_bucket_view),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 OLDEST = (2, 6)
@@ -31,9 +33,24 @@ def all_gather_single(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> 
     return cast("dist.Work", getattr(dist, ALL_GATHER)(output, own, group=group, async_op=True))
 
 
+def all_gather_coalesced(outputs: Sequence[Tensor], owns: Sequence[Tensor], group: dist.ProcessGroup) -> dist.Work:
+    """Begin several of ``dist.all_gather_single`` as one call of the backend."""
+    with c10d._coalescing_manager(group, async_ops=True) as manager:
+        for output, own in zip(outputs, owns, strict=True):
+            getattr(dist, ALL_GATHER)(output, own, group=group, async_op=True)
+    (work,) = manager.works
+    return cast("dist.Work", work)
+
+
 def reduce_scatter_single(own: Tensor, bucket: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Begin ``dist.reduce_scatter_single``."""
     return cast("dist.Work", getattr(dist, REDUCE_SCATTER)(own, bucket, group=group, async_op=True))
+
+
+def increment_versions(tensors: Sequence[Tensor]) -> None:
+    """Call ``torch.autograd.graph.increment_version`` for all: lists are not for every release until 2.11."""
+    for each in [tensors] if VERSION >= (2, 11) else tensors:
+        torch.autograd.graph.increment_version(each)
 
 
 def check_fake_collectives() -> None:

@@ -32,6 +32,17 @@ FULL_DEVICE_NUMEL = 2**25
 132 multiprocessors for several blocks each."""
 
 
+def default_bucket_cap_mb(device_type: str, world_size: int) -> float:
+    """Size of a bucket in MiB, where none was asked for.
+
+    On a CPU 25, as DistributedDataParallel's: what was updated is in the cache when it is sent. Elsewhere 4 a rank, so
+    that its shard is a message whose time is that of its bytes (Megatron-LM has as much: 1 Mi elements a rank). Not
+    less than 64, since each bucket costs the host some calls; not more than 256, since sharded gradients take memory
+    for two buckets.
+    """
+    return 25.0 if device_type == "cpu" else float(min(max(4 * world_size, 64), 256))
+
+
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
     """What the layout needs to know of a parameter.
@@ -236,27 +247,31 @@ def _round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
 
 
-def _plan_flat(params: Sequence[ParamSpec], members: Sequence[int], world_size: int, bucket_bytes: float) -> FlatPlan:
+def _plan_flat(
+    params: Sequence[ParamSpec], members: Sequence[int], world_size: int, bucket_cap_mb: float | None
+) -> FlatPlan:
     slots, end = [], 0
+    if bucket_cap_mb is None:
+        bucket_cap_mb = default_bucket_cap_mb(params[members[0]].device_type, world_size)
     for member in members:
         slots.append(Slot(member, end, params[member].numel))
         end += _round_up(params[member].numel, ALIGNMENT)
     quantum = world_size * ALIGNMENT
-    wanted = int(bucket_bytes / params[members[0]].dtype.itemsize) // quantum * quantum
+    wanted = int(bucket_cap_mb * 2**20 / params[members[0]].dtype.itemsize) // quantum * quantum
     numel = _round_up(end, quantum)
     return FlatPlan(tuple(slots), numel, min(max(wanted, quantum), max(numel, quantum)), world_size)
 
 
-def make_plan(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 25.0) -> ShardPlan:
+def make_plan(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float | None = None) -> ShardPlan:
     """Lay out parameters over ``world_size`` ranks.
 
     Args:
         params: all parameters, in the same order on every rank.
         world_size: number of ranks, at least 1.
-        bucket_cap_mb: size of a bucket in MiB, at most, but for its least size of ``world_size * ALIGNMENT`` elements.
+        bucket_cap_mb: size of a bucket in MiB, at most, but for its least size of ``world_size * ALIGNMENT`` elements;
+            ``default_bucket_cap_mb`` of each flat if None.
     """
     members: dict[tuple[int, torch.dtype, str], list[int]] = {}
     for index, param in enumerate(params):
         members.setdefault((param.group, param.dtype, param.device_type), []).append(index)
-    bucket_bytes = bucket_cap_mb * 2**20
-    return ShardPlan(tuple(params), tuple(_plan_flat(params, m, world_size, bucket_bytes) for m in members.values()))
+    return ShardPlan(tuple(params), tuple(_plan_flat(params, m, world_size, bucket_cap_mb) for m in members.values()))

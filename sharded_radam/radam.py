@@ -12,12 +12,12 @@ threshold 5 of :class:`torch.optim.RAdam`. At step t (from 1), with gradient g::
     rho <= 5:   p = p - lr (m / bias1)                                                      "unrectified"
 
 Four engines compute it. ``for-loop`` and ``foreach`` are torch's own functional ``radam`` and give its bits.
-``fused`` is torch's fused Adam kernel, one pass over memory, with scalars for which Adam is RAdam. Adam does
-``p = p - lr' (m / bias1) / (sqrt(v) / sqrt(bias2) + eps')``, hence:
+``fused`` is torch's fused Adam kernel, one pass over memory, with scalars for which Adam is RAdam. At step ``ENDLESS``
+Adam's own corrections are 1, so that it does ``p = p - lr' m / (sqrt(v) + eps')``, hence:
 
-* rectified: ``lr' = lr r`` and ``eps' = eps / sqrt(bias2)``;
-* unrectified: ``lr' = lr h`` and ``eps' = h``, h being a power of two so large that ``sqrt(v)`` vanishes beside it.
-  Scaling by a power of two is exact, and the denominator is never 0, whatever eps is.
+* rectified: ``lr' = lr r sqrt(bias2) / bias1`` and ``eps' = eps``;
+* unrectified: ``lr' = lr h / bias1`` and ``eps' = h``, h being a power of two so large that ``sqrt(v)`` vanishes beside
+  it. Scaling by a power of two is exact, and the denominator is never 0, whatever eps is.
 
 Decoupled decay multiplies p by ``1 - lr' wd'``, so ``wd' = wd lr / lr'``.
 
@@ -27,6 +27,7 @@ The fourth, ``compiled``, is one pass over memory in every precision: torch.comp
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +37,31 @@ import torch
 from torch import Tensor
 from torch.optim.radam import radam
 
+from sharded_radam.compat import VERSION
+from sharded_radam.dtypes import HALF_DTYPES
+
 Engine = Literal["for-loop", "foreach", "fused", "compiled"]
 
 CPU_CHUNK_NUMEL = 2**18
 """On CPU the engines that need temporaries work on so many elements at a time: 1 MiB of fp32 stays in the cache."""
 
+ENDLESS = 2.0**62
+"""A step after which no bias is left. Not infinity: on CPU torch 2.6 and newer read it as an int64."""
+
 _VANISHING = {torch.float32: 2.0**64, torch.float64: 2.0**512}
+
+
+def default_engine(device_type: str, dtype: torch.dtype) -> Engine:
+    """How parameters are updated where the user has not said it.
+
+    * On CPU ``fused``: one pass over memory, 3 to 4 times as fast as torch's others (measured; scripts/README.md).
+    * Elsewhere ``foreach``, as torch.optim.RAdam, whose bits it has, until another is measured there.
+    * But half precision on CUDA has masters, so RAdam's bits are not to be had: ``fused``, which reads and writes about
+      70 bytes an element, and foreach 200.
+    """
+    if device_type == "cpu" or (device_type == "cuda" and dtype in HALF_DTYPES):
+        return "fused"
+    return "foreach"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +113,41 @@ def scalars(step: int, beta1: float, beta2: float) -> Scalars:
     return Scalars(1 - beta1**step, bias_correction2, rect)
 
 
-def update_(operands: Sequence[Operands], engine: Engine, step: int, hyper: Hyperparameters) -> None:
+def endless(device: torch.device) -> Tensor:
+    """The number of a step that the fused kernel is told, to be made once: 0-d, on its device."""
+    return torch.full((), ENDLESS, dtype=torch.float32, device=device)
+
+
+def update_(
+    operands: Sequence[Operands],
+    engine: Engine,
+    step: int | Tensor,
+    hyper: Hyperparameters,
+    endless_step: Tensor | None = None,
+) -> None:
     """One step of RAdam on pieces of one dtype and device (param, exp_avg, exp_avg_sq, master: modified in place).
 
     Args:
         operands: any number of pieces; gradients are only read.
-        engine: how to compute it.
-        step: number of this step, from 1.
+        engine: ``for-loop``, ``foreach`` or ``fused``.
+        step: number of this step, from 1. If it is on the device (capturable), a 0-d float64 tensor, nothing waits for
+            it, so that a CUDA graph can capture this: ``fused`` runs its kernel twice, of which one does nothing, and
+            the others compute ``equation``.
         hyper: the group's hyperparameters.
+        endless_step: what ``endless`` made for this device; made anew if None.
     """
     if not operands:
         return
+    endless_step = endless(operands[0].param.device) if endless_step is None else endless_step
     if engine == "fused" and operands[0].master is None:
-        _fused_(operands, step, hyper)
+        _fused_(operands, step, hyper, endless_step)
         return
     for batch in _batches(operands):
         wide = _widen(batch)
         if engine == "fused":
-            _fused_(wide, step, hyper)
+            _fused_(wide, step, hyper, endless_step)
+        elif isinstance(step, Tensor):
+            _equation_(wide, step, hyper)
         else:
             functional_(wide, step, hyper, foreach=engine == "foreach")
         _round_(batch, wide)
@@ -188,30 +225,112 @@ def functional_(
     )
 
 
-def _fused_(operands: Sequence[Operands], step: int, hyper: Hyperparameters) -> None:
-    params, grads, exp_avgs, exp_avg_sqs, _ = (list(column) for column in zip(*operands, strict=True))
-    first = operands[0].param
-    _, bias_correction2, rect = scalars(step, hyper.beta1, hyper.beta2)
+class FusedTerms(NamedTuple):
+    """What the fused kernel takes of one step; ``lr`` is a 0-d fp32 tensor if the number of the step is on a device."""
+
+    lr: float | Tensor
+    weight_decay: float
+    eps: float
+
+
+def fused_terms(step: int, hyper: Hyperparameters, dtype: torch.dtype, device_type: str) -> FusedTerms:
+    """Those of a step whose number is known, from scalars in float64.
+
+    Args:
+        step: number of this step, from 1.
+        hyper: the group's hyperparameters.
+        dtype: of the moments.
+        device_type: whose kernel.
+    """
+    rect = scalars(step, hyper.beta1, hyper.beta2).rect
+    beta1, beta2 = _betas_of_kernel(hyper, dtype, device_type)
+    lr = float(hyper.lr)
+    scaled, eps = lr / (1 - beta1**step), hyper.eps
     if rect is None:
-        scale = eps = _VANISHING[first.dtype]
+        scaled, eps = scaled * _VANISHING[dtype], _VANISHING[dtype]
     else:
-        scale, eps = rect, hyper.eps / math.sqrt(bias_correction2)
-    decoupled = hyper.decoupled_weight_decay and hyper.weight_decay != 0
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        scaled *= rect * math.sqrt(1 - beta2**step)
+    if _is_decoupled(hyper) and lr != 0:
+        return FusedTerms(scaled, hyper.weight_decay * lr / scaled, eps)
+    return FusedTerms(scaled, hyper.weight_decay, eps)
+
+
+def _betas_of_kernel(hyper: Hyperparameters, dtype: torch.dtype, device_type: str) -> tuple[float, float]:
+    """The betas that moments are made with, from which their corrections follow.
+
+    From torch 2.11 on CUDA's kernel rounds them to fp32. (Other engines, and the CPU's, round ``beta`` and ``1 - beta``
+    by themselves, and torch corrects them as if they had not.)
+
+    Raises:
+        ValueError: a beta is 1 then: moments would stay 0 for ever.
+    """
+    if device_type != "cuda" or dtype != torch.float32 or VERSION < (2, 11):
+        return hyper.beta1, hyper.beta2
+    rounded = ctypes.c_float(hyper.beta1).value, ctypes.c_float(hyper.beta2).value
+    if 1.0 in rounded:
+        raise ValueError(
+            f"betas={(hyper.beta1, hyper.beta2)}: torch's fused kernel computes with them in float32, where one of "
+            "them is 1. Expected betas of at most 1 - 6e-8, or foreach=True"
+        )
+    return rounded
+
+
+def _is_decoupled(hyper: Hyperparameters) -> bool:
+    return hyper.decoupled_weight_decay and hyper.weight_decay != 0
+
+
+def _fused_(operands: Sequence[Operands], step: int | Tensor, hyper: Hyperparameters, endless_step: Tensor) -> None:
+    first = operands[0].param
+    if not isinstance(step, Tensor):
+        terms = fused_terms(step, hyper, first.dtype, first.device.type)
+        _call_fused(operands, terms, hyper, _is_decoupled(hyper), endless_step)
+    elif first.dtype == torch.float64:  # the kernel takes an lr on the device in fp32 only
+        _equation_(operands, step, hyper)
+    else:
+        _fused_on_device_(operands, step, hyper, endless_step)
+
+
+def _fused_on_device_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters, endless_step: Tensor) -> None:
+    """The unrectified and the rectified update, each with its eps; that of the other kind of step does nothing."""
+    sizes = _sizes_on_device(step, hyper, _betas_of_kernel(hyper, torch.float32, step.device.type))
+    weight_decay = hyper.weight_decay
+    if _is_decoupled(hyper):  # not by the kernel, whose factor is that lr times a number on the host
+        torch._foreach_mul_([piece.param for piece in operands], 1 - _lr_of(hyper) * weight_decay)
+        weight_decay = 0.0
+    vanishing = _VANISHING[torch.float32]
+    unrectified = FusedTerms((sizes.unrectified * vanishing).float(), weight_decay, vanishing)
+    rectified = FusedTerms(sizes.rectified.float(), weight_decay, hyper.eps)
+    is_rectified = sizes.is_rectified.float()
+    _call_fused(operands, unrectified, hyper, False, endless_step, skip=is_rectified)
+    _call_fused(operands, rectified, hyper, False, endless_step, skip=1 - is_rectified)
+
+
+def _call_fused(
+    operands: Sequence[Operands],
+    terms: FusedTerms,
+    hyper: Hyperparameters,
+    is_decoupled: bool,
+    endless_step: Tensor,
+    skip: Tensor | None = None,
+) -> None:
+    """Call the kernel, which looks on the device whether ``skip`` is 1, and then does nothing."""
+    params, grads, exp_avgs, exp_avg_sqs, _ = (list(column) for column in zip(*operands, strict=True))
+    kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
     kernel(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.full((), float(step), dtype=torch.float32, device=first.device)] * len(params),
-        lr=float(hyper.lr) * scale,
+        [endless_step] * len(params),
+        lr=terms.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
-        weight_decay=hyper.weight_decay / scale if decoupled else hyper.weight_decay,
-        eps=eps,
+        weight_decay=terms.weight_decay,
+        eps=terms.eps,
         amsgrad=False,
         maximize=hyper.maximize,
+        found_inf=skip,
     )
 
 
@@ -278,12 +397,8 @@ def terms_on_device(step: Tensor, hyper: Hyperparameters, dtype: torch.dtype) ->
         hyper: the group's hyperparameters; ``lr`` may be a tensor on that device.
         dtype: of the moments.
     """
-    lr = hyper.lr.reshape(()).to(torch.float64) if isinstance(hyper.lr, Tensor) else hyper.lr
-    bias_correction1, bias_correction2 = 1 - hyper.beta1**step, 1 - hyper.beta2**step
-    rho_inf = 2 / (1 - hyper.beta2) - 1
-    rho = rho_inf - 2 * step * hyper.beta2**step / bias_correction2
-    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
-    decay = 1 - lr * hyper.weight_decay
+    sizes = _sizes_on_device(step, hyper, (hyper.beta1, hyper.beta2))
+    decay = 1 - _lr_of(hyper) * hyper.weight_decay
     return Terms(
         1 - hyper.beta1,
         hyper.beta2,
@@ -291,10 +406,32 @@ def terms_on_device(step: Tensor, hyper: Hyperparameters, dtype: torch.dtype) ->
         hyper.eps,
         hyper.weight_decay,
         decay.to(dtype) if isinstance(decay, Tensor) else decay,
-        rho > 5,
-        (lr * rect * bias_correction2.sqrt() / bias_correction1).to(dtype),
-        (lr / bias_correction1).to(dtype),
+        sizes.is_rectified,
+        sizes.rectified.to(dtype),
+        sizes.unrectified.to(dtype),
     )
+
+
+class _Sizes(NamedTuple):
+    """Whether a step is rectified, and what the update is multiplied by if it is and if it is not: 0-d, float64."""
+
+    is_rectified: Tensor
+    rectified: Tensor
+    unrectified: Tensor
+
+
+def _sizes_on_device(step: Tensor, hyper: Hyperparameters, betas: tuple[float, float]) -> _Sizes:
+    """Those of a step whose number is on the device; ``betas`` are what the corrections are made from."""
+    rho_inf = 2 / (1 - hyper.beta2) - 1
+    rho = rho_inf - 2 * step * hyper.beta2**step / (1 - hyper.beta2**step)
+    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
+    size = _lr_of(hyper) / (1 - betas[0] ** step)
+    return _Sizes(rho > 5, size * rect * (1 - betas[1] ** step).sqrt(), size)
+
+
+def _lr_of(hyper: Hyperparameters) -> float | Tensor:
+    """A number, or 0-d float64 on its device."""
+    return hyper.lr.reshape(()).to(torch.float64) if isinstance(hyper.lr, Tensor) else hyper.lr
 
 
 def terms_on_host(step: int, hyper: Hyperparameters, dtype: torch.dtype) -> Terms:
@@ -316,21 +453,9 @@ def terms_on_host(step: int, hyper: Hyperparameters, dtype: torch.dtype) -> Term
     return Terms._make([*tensors, torch.tensor(rect is not None, device="cpu"), rectified, unrectified])
 
 
-def capturable_update_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters) -> None:
-    """One step of RAdam whose number is on the device (param, moments, master: modified in place).
-
-    No host-device synchronisation, so that a CUDA graph can capture it.
-
-    Args:
-        operands: pieces of one dtype and device.
-        step: 0-d float64 tensor on that device, the number of this step, from 1.
-        hyper: the group's hyperparameters; ``lr`` may be a tensor on that device.
-    """
-    if not operands:
-        return
+def _equation_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters) -> None:
+    """The equation, one operation after the other, for a step whose number is on the device."""
     terms, form = terms_on_device(step, hyper, operands[0].exp_avg.dtype), Form.of(hyper)
-    wide = _widen(operands)
-    for param, grad, exp_avg, exp_avg_sq, _ in wide:
+    for param, grad, exp_avg, exp_avg_sq, _ in operands:
         # Not ``copy_``, which fake CUDA tensors do not have without CUDA.
         torch._foreach_copy_([param], [equation(param, grad, exp_avg, exp_avg_sq, terms, form)])
-    _round_(operands, wide)

@@ -16,7 +16,7 @@ from sharded_radam.buckets.counters import Cohort
 from sharded_radam.buckets.flat import Flat
 from sharded_radam.build import Shards, follow_groups
 from sharded_radam.gradients.measures import divide_
-from sharded_radam.radam import Engine, Hyperparameters
+from sharded_radam.radam import Engine, Hyperparameters, default_engine
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state.edits import find_edits, group_of, has_param, take_back
 from sharded_radam.transport import Handle
@@ -133,10 +133,8 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
             with meter.phase("update"):
                 update_buckets(flat, buckets, flat_cohorts, own, hyper, engine)
             with meter.phase("all_gather"):
-                for bucket in buckets:
-                    transport.count("all_gather", flat.bucket(bucket))
-                    handles[index, bucket] = transport.all_gather(flat.bucket(bucket))
-        flat.note_updated(slot for cohort in flat_cohorts for slot in cohort.slots)
+                handles |= zip(((index, at) for at in buckets), _begin_to_gather(shards, flat, buckets), strict=True)
+        flat.note_updated([slot for cohort in flat_cohorts for slot in cohort.slots])
     with meter.phase("all_gather"):
         transport.end_update()
         if shards.arrivals is not None and not any(flat.copied for flat in shards.flats):
@@ -148,14 +146,24 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
         flat.copy_out()
 
 
+def _begin_to_gather(shards: Shards, flat: Flat, buckets: Sequence[int]) -> list[list[Handle]]:
+    transport, views = shards.transport, [flat.bucket(bucket) for bucket in buckets]
+    for view in views:
+        transport.count("all_gather", view)
+    if shards.arrivals is not None:  # of which the first are wanted before the last have come
+        return [transport.all_gather(view) for view in views]
+    return transport.all_gather_each(views)
+
+
 def engine_of(optimizer: RAdam, shards: Shards, flat: Flat) -> Engine:
-    """How a flat is updated: as asked for; otherwise fused on CPU, and as RAdam does elsewhere."""
+    """How a flat is updated: as asked for; else by default; RAdam's own choice if fused=False."""
     foreach, fused = group_of(optimizer, flat)["foreach"], shards.options.fused
-    is_on_cpu = flat.buffer.device.type == "cpu"
-    if optimizer.defaults["differentiable"]:
-        return "for-loop"
+    device_type = flat.buffer.device.type
     if shards.options.compiled:
         return "compiled"
-    if fused or (fused is None and foreach is None and is_on_cpu):
+    if fused:
         return "fused"
-    return "foreach" if foreach or (foreach is None and not is_on_cpu) else "for-loop"
+    if foreach is None and fused is None and not optimizer.defaults["differentiable"]:
+        return default_engine(device_type, flat.buffer.dtype)
+    foreach = device_type != "cpu" if foreach is None else foreach
+    return "foreach" if foreach and not optimizer.defaults["differentiable"] else "for-loop"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Join, JoinHook, _JoinConfig
 
-from sharded_radam.buckets.memory import dim_order, flatten
+from sharded_radam.buckets.memory import dim_order, flatten, unflatten
 from sharded_radam.build import Shards
 from sharded_radam.transport import Transport
+
+BATCH_BYTES = 25 * 2**20
+"""Gradients travel in messages of about this size."""
 
 
 class ShadowSteps(JoinHook):
@@ -68,30 +73,40 @@ def share_gradients(optimizer: Any, shards: Shards) -> None:
     active = [rank for rank, item in enumerate(heard) if item is not None]
     if not active or len(active) == transport.world_size:
         return
+    news_of_first = heard[active[0]]
     if shards.is_joined:
-        _take(param_groups, params, heard[active[0]], transport, active[0])
-    elif transport.rank == active[0]:
-        for param in (param for param in params if param.grad is not None):
-            for rank in (rank for rank, item in enumerate(heard) if item is None):
-                transport.send(flatten(param.grad, dim_order(param)).contiguous(), rank)
+        for ours, theirs in zip(param_groups, news_of_first[0], strict=True):
+            ours.update(theirs)
+    _broadcast_gradients(params, news_of_first[1], transport, active[0], shards.is_joined)
 
 
-def _take(
-    param_groups: list[dict[str, Any]], params: list[Tensor], news: Any, transport: Transport, source: int
+def _broadcast_gradients(
+    params: Sequence[Tensor], has_grad: Sequence[bool], transport: Transport, source: int, is_taken: bool
 ) -> None:
-    groups, has_grad = news
-    for ours, theirs in zip(param_groups, groups, strict=True):
-        ours.update(theirs)
-    for param, wanted in zip(params, has_grad, strict=True):
-        if not wanted:
-            param.grad = None
-            continue
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-        received = torch.empty(param.numel(), dtype=param.dtype, device=param.device)
-        transport.receive(received, source)
-        flat = flatten(param.grad, dim_order(param))
-        if flat.data_ptr() == param.grad.data_ptr():
-            flat.copy_(received)
+    """Collective: those of one rank, some MiB at a time; who has its own gradients lets the others' go."""
+    for batch in _batches([param for param, has in zip(params, has_grad, strict=True) if has]):
+        if transport.rank == source:
+            parts = [flatten(_gradient_of(param), dim_order(param)) for param in batch]
         else:
-            param.grad = received.view(param.shape)
+            parts = [param.new_empty(param.numel()) for param in batch]
+        message = torch.cat(parts)
+        transport.broadcast(message, source)
+        if is_taken:
+            for param, part in zip(batch, torch.split(message, [param.numel() for param in batch]), strict=True):
+                param.grad = unflatten(part.clone(), param.shape, dim_order(param))
+
+
+def _gradient_of(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad.resolve_conj().resolve_neg()
+
+
+def _batches(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Of parameters of one dtype and device, of about BATCH_BYTES."""
+    waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for param in params:
+        batch = waiting[param.dtype, param.device]
+        batch.append(param)
+        if sum(each.nbytes for each in batch) >= BATCH_BYTES:
+            yield waiting.pop((param.dtype, param.device))
+    yield from waiting.values()

@@ -1,9 +1,9 @@
 """Phases 1 and 2 of a step: the gradients of the own shards, and the update with them.
 
-An engine gets pieces, or stretches. Pieces are what fused code on a CPU wants, which treats the last elements of a
-tensor otherwise than those before: there a parameter has the same bits wherever its gradient lies. Stretches take
-neighbours along, and the padding between them, which is zero. The compiled engine has few and large calls with them,
-and multiples of ``ALIGNMENT``, for which one kernel is enough; accelerators have fewer operands.
+An engine gets pieces, or stretches, which take neighbours along, and the padding between them, which is zero. So the
+number of calls follows from that of flats and buckets, not of parameters. Fused code on a CPU wants pieces: it treats
+the last elements of a tensor otherwise than those before, and a parameter is to have the same bits wherever its
+gradient lies. torch's other engines have the same bits in both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sharded_radam.buckets.memory import flat_gradient
 from sharded_radam.compiled import compiled_update_
 from sharded_radam.gradients.packing import Sums
 from sharded_radam.plan import ALIGNMENT, Piece, Stretch
-from sharded_radam.radam import Engine, Hyperparameters, Operands, capturable_update_, update_
+from sharded_radam.radam import Engine, Hyperparameters, Operands, update_
 
 SEPARATE_NUMEL = 2**16
 """Pieces of so many elements get a call of their own. The gradients of smaller ones are copied together first."""
@@ -92,11 +92,10 @@ def update_buckets(
         hyper: of the flat's param group.
         engine: of the flat.
     """
-    is_on_cpu = flat.buffer.device.type == "cpu"
-    is_stretched = engine == "compiled" or (own.sums is not None and not is_on_cpu and hyper.eps >= SMALL_EPS)
     for bucket in buckets:
         flat.copy_in(bucket)
     for cohort in cohorts:
+        is_stretched = _is_stretched(flat, cohort, own, hyper, engine)
         if is_stretched:
             separate_numel = SEPARATE_NUMEL if own.sums is None else math.inf
             found = [each for b in buckets for each in flat.stretches.find(b, cohort.slots, separate_numel)]
@@ -110,10 +109,20 @@ def update_buckets(
             ]
         if engine == "compiled":
             compiled_update_(operands, cohort.step, hyper)
-        elif isinstance(cohort.step, Tensor):
-            capturable_update_(operands, cohort.step, hyper)
         else:
-            update_(operands, engine, cohort.step, hyper)
+            update_(operands, engine, cohort.step, hyper, flat.endless_step)
         if is_stretched and hyper.eps < SMALL_EPS:  # 0 / 0, or 0 times infinity
             for padding in (padding for each in found for padding in each.padding()):
                 padding.zero_()
+
+
+def _is_stretched(flat: Flat, cohort: Cohort, own: OwnGradients, hyper: Hyperparameters, engine: Engine) -> bool:
+    """Whether an engine gets stretches.
+
+    Gradients that are whole must be copied together for them. That pays where an engine has calls for each operand: the
+    compiled one, and the equation, one operation after the other, if the number of the step is on the device.
+    """
+    if own.sums is None:
+        return engine == "compiled" or (isinstance(cohort.step, Tensor) and engine != "fused")
+    is_fused_on_cpu = engine == "fused" and flat.buffer.device.type == "cpu"
+    return engine == "compiled" or (hyper.eps >= SMALL_EPS and not is_fused_on_cpu)

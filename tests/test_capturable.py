@@ -26,6 +26,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def fused_kernel_of_fake_tensors() -> Iterator[None]:
+    """That of an lr on the device, which torch lacks; as with an lr on the host, nothing is to be done."""
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adam_.tensor_lr", "Meta"):
+        library.impl("_fused_adam_.tensor_lr", lambda *_, **__: None, "Meta")
+    yield
+    library._destroy()
+
+
 @pytest.fixture(params=[1, 2, 4])
 def world_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A group of the fake backend, which takes all collectives and sends nothing; so objects come from here."""
@@ -60,6 +70,7 @@ def fake_cuda_step(dtype: torch.dtype, steps: int = 7, tensor_lr: bool = False, 
         {},
         {"weight_decay": 0.1, "maximize": True},
         {"weight_decay": 0.1, "decoupled_weight_decay": True, "foreach": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "fused": True},
     ],
     ids=str,
 )
@@ -108,9 +119,22 @@ def test_what_is_compiled_for_cuda_never_waits_for_the_device(dtype: torch.dtype
     assert (updated.device.type, updated.dtype) == ("cuda", torch.float32)
 
 
-def test_engine_on_cuda_is_radams_choice() -> None:
-    optimizer = fake_cuda_step(torch.float32, steps=0)
-    assert engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0]) == "foreach"
+@pytest.mark.parametrize(
+    ("dtype", "flags", "engine"),
+    [
+        (torch.float32, {}, "foreach"),
+        (torch.float32, {"fused": False}, "foreach"),
+        (torch.float32, {"foreach": False}, "for-loop"),
+        (torch.bfloat16, {}, "fused"),
+        (torch.bfloat16, {"fused": False}, "foreach"),
+        (torch.bfloat16, {"foreach": True}, "foreach"),
+    ],
+    ids=str,
+)
+def test_engine_on_cuda(dtype: torch.dtype, flags: dict[str, Any], engine: str) -> None:
+    """fp32: RAdam's own choice."""
+    optimizer = fake_cuda_step(dtype, steps=0, **flags)
+    assert engine_of(optimizer, optimizer._shards, optimizer._shards.flats[0]) == engine
 
 
 def test_the_check_itself_can_fail() -> None:

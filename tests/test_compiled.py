@@ -220,10 +220,10 @@ def test_padding_outlives_gradients_that_are_infinite(world_size: int) -> None:
     run(check_infinite_gradients, world_size)
 
 
-def operations(num_params: int) -> Counter[str]:
+def operations(num_params: int, **flags: Any) -> Counter[str]:
     """Of torch, in clipping and a step with sharded gradients."""
     params = [Parameter(torch.ones(7)) for _ in range(num_params)]
-    optimizer = ShardedRAdam(params, compiled=True, shard_gradients=True)
+    optimizer = ShardedRAdam(params, shard_gradients=True, **flags)
     for _ in range(2):
         optimizer.zero_grad()
         torch.stack([(param * param).sum() for param in params]).sum().backward()  # type: ignore[no-untyped-call]
@@ -234,10 +234,11 @@ def operations(num_params: int) -> Counter[str]:
     return Counter(event.name for event in profiler.events() if event.name.startswith("aten::"))
 
 
-def test_as_many_operations_for_500_parameters_as_for_5() -> None:
-    few = operations(5)
-    assert few["aten::mul_"] > 0
-    assert operations(500) == few
+@pytest.mark.parametrize("flags", [{"compiled": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_as_many_operations_for_500_parameters_as_for_5(flags: dict[str, Any]) -> None:
+    few = operations(5, **flags)
+    assert few.total() > 5
+    assert operations(500, **flags) == few
 
 
 # Errors

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import ShardedRAdam, uneven_inputs
 from tests.cases import assert_same
 from tests.ranks import WORLD_SIZES, run
 
@@ -195,6 +196,30 @@ def check_join(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_uneven_inputs(world_size: int) -> None:
     run(check_join, world_size)
+
+
+def check_messages_of_join(rank: int, world_size: int) -> None:
+    """One for all gradients of a dtype, or of some MiB, whatever their number; and none while all ranks have data."""
+    net = nn.Sequential(*(nn.Linear(7, 7, bias=bool(at % 2)) for at in range(20)), nn.Linear(7, 3).double())
+    net[20].register_forward_pre_hook(lambda _, inputs: inputs[0].double())
+    model = DistributedDataParallel(net)
+    for batch_bytes, messages in ((25 * 2**20, 2), (500, 8)):
+        optimizer = ShardedRAdam(model.parameters(), lr=0.05)
+        transport = optimizer._shards.transport
+        with mock.patch.object(uneven_inputs, "BATCH_BYTES", batch_bytes), Join([model, optimizer]):
+            for _ in range(3 + (rank == world_size - 1)):
+                model(torch.ones(4, 7)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        collectives = optimizer.stats().collectives
+        assert collectives.get("broadcast", 0) == messages * (world_size > 1), collectives
+        assert transport.meter.received_bytes["broadcast"] in (0, sum(param.nbytes for param in net.parameters()))
+        assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_joined_ranks_get_gradients_in_few_messages(world_size: int) -> None:
+    run(check_messages_of_join, world_size)
 
 
 def check_join_leaves_no_gradients(rank: int, world_size: int) -> None:

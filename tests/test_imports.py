@@ -17,9 +17,9 @@ pytestmark = pytest.mark.quick
 PACKAGE = Path(sharded_radam.__file__).parent
 
 FLOORS = [
-    {"compat", "version", "callers", "dtypes", "plan", "radam"},
-    {"store", "compiled"},
-    {"transport"},
+    {"compat", "version", "callers", "dtypes", "plan"},
+    {"store", "radam"},
+    {"transport", "compiled"},
     {"buckets"},
     {"state", "arrivals", "step_differentiable", "replicas", "preflight", "arguments"},
     {"gradients", "checkpoint.format"},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from sharded_radam import plan as plans
-from sharded_radam.plan import ALIGNMENT, ParamSpec, make_plan
+from sharded_radam.plan import ALIGNMENT, ParamSpec, default_bucket_cap_mb, make_plan
 
 pytestmark = pytest.mark.quick
 
@@ -17,6 +18,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 def spec(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, group: int = 0) -> ParamSpec:
     return ParamSpec(name, shape, tuple(range(len(shape))), dtype, "cpu", group)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "world_size", "mb"),
+    [
+        ("cpu", 1, 25),
+        ("cpu", 512, 25),
+        ("cuda", 1, 64),
+        ("cuda", 8, 64),
+        ("cuda", 16, 64),
+        ("cuda", 17, 68),
+        ("cuda", 64, 256),
+        ("cuda", 1024, 256),
+        ("xpu", 32, 128),
+    ],
+)
+def test_default_size_of_a_bucket(device_type: str, world_size: int, mb: float) -> None:
+    params = [replace(spec("a", (2**27,), dtype), device_type=device_type) for dtype in DTYPES]
+    assert default_bucket_cap_mb(device_type, world_size) == mb
+    for flat in make_plan(params, world_size).flats:
+        bucket_bytes = flat.bucket_numel * params[flat.slots[0].param].dtype.itemsize
+        assert mb * 2**20 - 8 * world_size * ALIGNMENT < bucket_bytes <= mb * 2**20
 
 
 def test_drawing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,10 @@ from sharded_radam.buckets.memory import (
 from sharded_radam.buckets.range_tensor import RangeTensor
 from sharded_radam.buckets.replaced import Replaced
 from sharded_radam.buckets.stretches import Stretches, memory_of
+from sharded_radam.compat import increment_versions
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.plan import FlatPlan, ParamSpec, Piece, cut
-from sharded_radam.radam import follow_
+from sharded_radam.radam import endless, follow_
 
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
 """Dtypes that can be updated; parameters of others (quantized, frozen) take no part."""
@@ -58,8 +59,9 @@ class Flat:
     ``exp_avg``, ``exp_avg_sq`` and ``master`` are 1-D, ``plan.local_numel`` elements: the own shards one after the
     other. Moments of half-precision parameters are fp32, and there is an fp32 ``master``. ``local_state`` has, for each
     slot, views of its own elements: 1-D, or shaped as the parameter where one rank owns all. ``counters`` are the
-    slots' steps. ``reals`` is how many real numbers an element is. ``copied`` are slots whose parameters are no views
-    of the buffer: they are copied into it before an update and out of it after.
+    slots' steps, ``endless_step`` is what the fused kernel gets in their place. ``reals`` is how many real numbers an
+    element is. ``copied`` are slots whose parameters are no views of the buffer: they are copied into it before an
+    update and out of it after.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Flat:
         self.local_state = [self._views_of_state(slot) for slot in range(len(plan.slots))]
         self._state_addresses = self._addresses_of_state()
         self.counters = Counters([0.0] * len(plan.slots), torch.device("cpu"))
+        self.endless_step = endless(device)
         for slot in range(len(plan.slots)):
             self._complete_state(slot, None)
         self._index = {id(param): index for index, param in enumerate(self.params)}
@@ -166,12 +169,11 @@ class Flat:
         Returns:
             Slots to ``take_back``: their parameters are elsewhere.
         """
-        elsewhere = []
         for param, (place, new) in self.replaced.by.items():
             if not is_known(new) and (among is None or param in among):
                 name = self.specs[self._index[id(param)]].name
                 raise RuntimeError(_moved(name, f"was replaced by another Parameter in {place}"))
-        for slot, (param, spec) in enumerate(zip(self.params, self.specs, strict=True)):
+        for param, spec in zip(self.params, self.specs, strict=True):
             if among is not None and param not in among:
                 continue
             if param.grad is not None and param.grad.is_sparse:
@@ -182,18 +184,16 @@ class Flat:
                 raise RuntimeError(_moved(spec.name, f"was on {self.buffer.device} and is now on {param.device}"))
             if param.shape != spec.shape:
                 raise RuntimeError(_moved(spec.name, f"was of shape {spec.shape} and is now {tuple(param.shape)}"))
-            if self._is_elsewhere(slot):
-                elsewhere.append(slot)
-        return elsewhere
+        return [slot for slot in self._find_elsewhere() if among is None or self.params[slot] in among]
 
-    def _is_elsewhere(self, slot: int) -> bool:
-        """Whether a parameter that was a view of the buffer is none any more."""
-        param = self.params[slot]
-        return self.as_views and param.data_ptr() != self._addresses[slot] and param.numel() > 0
+    def _find_elsewhere(self) -> list[int]:
+        """Slots whose parameters were views of the buffer and are none any more."""
+        moved = changed(addresses_of(self.params), self._addresses) if self.as_views else []
+        return [slot for slot in moved if self.params[slot].numel() > 0]
 
     def params_of_others(self) -> set[Tensor]:
         """Parameters that are elsewhere, in memory that others have too."""
-        pairs = [(self.params[slot], self.specs[slot]) for slot in range(len(self.params)) if self._is_elsewhere(slot)]
+        pairs = [(self.params[slot], self.specs[slot]) for slot in self._find_elsewhere()]
         return {param for param, spec in pairs if not has_memory_of_its_own(param, spec)}
 
     def take_back(self, slots: Sequence[int]) -> None:
@@ -234,8 +234,7 @@ class Flat:
         Autograd then refuses a backward pass through a graph that was made with the values before, as it does after a
         step of RAdam.
         """
-        for slot in slots:  # one by one: not every release of torch takes a list
-            torch.autograd.graph.increment_version(self.params[slot])
+        increment_versions([self.params[slot] for slot in slots])
 
     def set_state(self, slot: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy the own elements of a parameter's state, or zeros; masters from the parameter if it has none.
@@ -303,7 +302,7 @@ class Flat:
         return windows
 
     def _addresses_of_state(self) -> list[int]:
-        return addresses_of(view for views in self.local_state for view in views.values())
+        return addresses_of([view for views in self.local_state for view in views.values()])
 
     def slots_of_others(self, state: Mapping[Tensor, Mapping[Any, Any]], moments: bool) -> list[int]:
         """Slots whose entries in the optimizer's state are no longer the views, or whose views are elsewhere.

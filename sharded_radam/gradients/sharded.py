@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -59,6 +60,7 @@ class ShardedGradients:
         self._arriving: SlotKey | None = None
         self._task = -1  # the backward pass of the last arrival
         self._generation = 0  # how often gradients were used or dropped
+        self._done = 0  # a checksum of the launches since ranks compared it last
         self._restarted = transport.restarted
         self._set_flats(flats)
         self._hooks = Hooks(self)
@@ -149,6 +151,7 @@ class ShardedGradients:
         for key in ((launch.flat, slot) for slot in launch.slots):
             if key not in self.rounds.arrived:
                 self.places.take(key)
+        self._done = zlib.crc32(f"{self._generation} {launch.flat} {launch.bucket}".encode(), self._done)
         self.sums.send(launch, self.places.to_send(launch), self._mark(launch.bucket))
 
     def _mark(self, bucket: int) -> int:
@@ -226,7 +229,8 @@ class ShardedGradients:
                 )
 
     def _send_tail(self) -> None:
-        flags = self.transport.everyone.union([param.grad is not None for _, param in self.params()])
+        done, self._done = self._done, 0
+        flags = self.transport.everyone.union([param.grad is not None for _, param in self.params()], done)
         self.places.set_present(flags)
         for launch in self.rounds.schedule.tail:
             if any((launch.flat, slot) in self.places.has_grad for slot in launch.slots):
@@ -260,7 +264,7 @@ class ShardedGradients:
     def _restart(self) -> None:
         """Begin anew where every rank does: they have failed together, perhaps in the middle of a round."""
         self._restarted = self._generation = self.transport.restarted
-        self._arriving = None
+        self._arriving, self._done = None, 0
         self.places.has_grad.clear()
         self.rounds = Rounds([flat.plan for flat in self.sums.flats])
         self.sums.restart()

@@ -46,7 +46,7 @@ def estimates(
     params: Sequence[ParamSpec],
     world_size: int,
     *,
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float | None = None,
     transport: str = "native",
     device: str = "cuda",
     bandwidth: Bandwidth | None = None,
@@ -57,7 +57,7 @@ def estimates(
     Args:
         params: as in ``make_plan``.
         world_size: number of ranks, in all.
-        bucket_cap_mb: size of a bucket of ShardedRAdam in MiB.
+        bucket_cap_mb: size of a bucket of ShardedRAdam in MiB; as by default if None.
         transport: of ShardedRAdam, one of ``TRANSPORTS``.
         device: of the parameters; on "cpu" ShardedRAdam is fused, elsewhere foreach, as the others are.
         bandwidth: for times.

@@ -59,13 +59,15 @@ def bytes_of(params: Sequence[ParamSpec]) -> int:
     return sum(param.numel * param.dtype.itemsize for param in params)
 
 
-def layout(params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 25.0, replicas: int = 1) -> Layout:
+def layout(
+    params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float | None = None, replicas: int = 1
+) -> Layout:
     """The layout that ShardedRAdam would have.
 
     Args:
         params: as in ``make_plan``.
         world_size: number of ranks, in all.
-        bucket_cap_mb: size of a bucket in MiB.
+        bucket_cap_mb: size of a bucket in MiB; as by default if None.
         replicas: number of copies of the state.
     """
     plan = make_plan(params, world_size // replicas, bucket_cap_mb)

@@ -36,7 +36,7 @@ def add_to(topics: Any) -> None:
     add("--replicas", type=int, default=1, metavar="R", help="copies of ShardedRAdam's state: rows of its mesh")
     add("--dtype", choices=sorted(DTYPES), help="of all parameters, instead of the model's own")
     add("--device", choices=["cpu", "cuda"], default="cuda", help="fused on cpu, foreach on cuda; default: cuda")
-    add("--bucket-cap-mb", type=float, default=25.0)
+    add("--bucket-cap-mb", type=float, metavar="MIB", help="default: 25 on cpu; 4 a rank on cuda, but from 64 to 256")
     add("--transport", choices=TRANSPORTS, help="default: shared_memory for cpu, native for cuda")
     add("--memory-bandwidth", type=float, metavar="GB/S", help="of a device's memory; with --network-bandwidth: times")
     add("--network-bandwidth", type=float, metavar="GB/S", help="of what one rank receives from the others")
@@ -57,7 +57,7 @@ def _plan(options: Any) -> int:
     for world_size in (*options.world_size, *([options.simulate] if options.simulate else ())):
         if options.replicas < 1 or world_size % options.replicas:
             raise ValueError(f"--replicas {options.replicas}: expected at least 1, and a divisor of {world_size} ranks")
-    if not options.bucket_cap_mb > 0:
+    if options.bucket_cap_mb is not None and not options.bucket_cap_mb > 0:
         raise ValueError(f"--bucket-cap-mb {options.bucket_cap_mb}: expected a size in MiB above 0")
     params = read_model(options.model, DTYPES.get(options.dtype), options.device)
     transport = options.transport or ("shared_memory" if options.device == "cpu" else "native")

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from sharded_radam.compat import check_fake_collectives
 from sharded_radam.optimizer import ShardedRAdam
-from sharded_radam.plan import ParamSpec, make_plan
+from sharded_radam.plan import ParamSpec, default_bucket_cap_mb, make_plan
 from sharded_radam.stats import Stats
 from sharded_radam.tools.estimate import estimate_ours
 from sharded_radam.tools.layout import layout
@@ -32,8 +32,8 @@ class FakeTransport(NativeTransport):
     def all_gather_objects(self, item: object) -> list[Any]:
         return [item] * self.world_size
 
-    def broadcast(self, tensor: Tensor) -> None:
-        self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        self.meter.count("broadcast", 0 if self.rank == source else tensor.nbytes)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         self.meter.count("all_reduce", tensor.nbytes)
@@ -79,21 +79,21 @@ class _Case:
 
     params: Sequence[ParamSpec]
     world_size: int
-    bucket_cap_mb: float
+    bucket_cap_mb: float | None
     replicas: int
     rank: int
     shard_gradients: bool
 
 
 def simulate(
-    params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float = 25.0, replicas: int = 1
+    params: Sequence[ParamSpec], world_size: int, bucket_cap_mb: float | None = None, replicas: int = 1
 ) -> list[Check]:
     """Build the optimizer as the first, a middle and the last rank, take one step, and compare with the plan.
 
     Args:
         params: of the model.
         world_size: 2 to 4096.
-        bucket_cap_mb: size of a bucket in MiB.
+        bucket_cap_mb: size of a bucket in MiB; as by default if None.
         replicas: number of copies of the state; a divisor of it.
 
     Raises:
@@ -104,6 +104,8 @@ def simulate(
     if dist.is_initialized():
         raise ValueError("a simulation needs a process without a process group: run it without torchrun")
     check_fake_collectives()
+    if bucket_cap_mb is None:
+        bucket_cap_mb = default_bucket_cap_mb(params[0].device_type, world_size)
     checks = []
     for rank in sorted({0, world_size // 2, world_size - 1}):
         for shard_gradients in (False, True):
@@ -131,6 +133,7 @@ def _build(case: _Case) -> Stats:
                 mesh=mesh,
                 bucket_cap_mb=case.bucket_cap_mb,
                 capturable=True,
+                foreach=True,
                 shard_gradients=case.shard_gradients,
             )
             for tensor in made:

@@ -44,8 +44,11 @@ class Alone(Transport):
     def all_gather_objects(self, item: object) -> list[Any]:
         return [item]
 
-    def broadcast(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         pass
+
+    def union(self, flags: Sequence[bool], done: int) -> list[bool]:
+        return list(flags)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         return tensor

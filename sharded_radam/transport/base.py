@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -115,6 +116,7 @@ class Transport(ABC):
         self.meter = Meter(device)
         self.meeting = meeting or Meeting.of(group)
         self.names = names or range(self.world_size)
+        self._late_checks = _LateChecks()
 
     def copy(self) -> Transport:
         """The same connections, with figures of its own."""
@@ -220,6 +222,10 @@ class Transport(ABC):
     def all_gather(self, bucket: Tensor) -> list[Handle]:
         """Begin to fill a 1-D bucket, in place, with each rank's shard of it; the own shard is final already."""
 
+    def all_gather_each(self, buckets: Sequence[Tensor]) -> list[list[Handle]]:
+        """Begin to fill several buckets; where the backend can, in one call, after which they arrive together."""
+        return [self.all_gather(bucket) for bucket in buckets]
+
     def end_update(self) -> None:  # noqa: B027
         """Return when all buckets are gathered here, beside those with handles, and no rank reads this one's."""
 
@@ -281,12 +287,12 @@ class Transport(ABC):
         except RuntimeError as error:
             self.lose(rank, error)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Collective: rank 0's values into a contiguous tensor (modified in place)."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Collective: the values of one rank into a contiguous tensor (modified in place)."""
         if tensor.numel():
-            self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
+            self.meter.count("broadcast", 0 if self.rank == source else tensor.nbytes)
             with self._losing():
-                dist.broadcast(as_bytes(tensor), group=self.group, group_src=0)
+                dist.broadcast(as_bytes(tensor), group=self.group, group_src=source)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """Collective: the sum, maximum or minimum over the ranks (modified in place); for a few elements."""
@@ -295,12 +301,25 @@ class Transport(ABC):
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
-    def union(self, flags: Sequence[bool]) -> list[bool]:
-        """Collective: which flags are set on some rank. The device is not waited for where all are set here."""
-        mask = self.all_reduce(
-            torch.tensor(flags, dtype=torch.uint8).to(self.device, non_blocking=True), dist.ReduceOp.MAX
+    def union(self, flags: Sequence[bool], done: int) -> list[bool]:
+        """Collective: which flags are set on some rank. The device is not waited for where all are set here.
+
+        Args:
+            flags: of this rank.
+            done: 32 bits that follow from what this rank has done.
+
+        Raises:
+            RuntimeError: on every rank, if they have done different things; on a device, two calls later.
+        """
+        digits = [*done.to_bytes(4, "little")]
+        row = [*map(int, flags), *digits, *(255 - digit for digit in digits)]  # so the maximum tells the minimum, too
+        largest = self.all_reduce(
+            torch.tensor(row, dtype=torch.uint8).to(self.device, non_blocking=True), dist.ReduceOp.MAX
         )
-        return [True] * len(flags) if all(flags) else [bool(flag) for flag in mask.tolist()]
+        self._late_checks.add(largest.narrow(0, len(flags), 2 * len(digits)))
+        if all(flags):
+            return [True] * len(flags)
+        return [bool(flag) for flag in largest.tolist()[: len(flags)]]
 
     def all_gather_objects(self, item: object) -> list[Any]:
         """Every rank's picklable object: for small things, out of the hot path.
@@ -319,6 +338,41 @@ class Transport(ABC):
         table = row.new_empty((self.world_size, row.numel()))
         self.gather_to_all(row, table.view(-1))
         return table.cpu()
+
+
+class _LateChecks:
+    """Compares what ranks have done; the numbers of a device come two calls later, when nobody has to wait for them.
+
+    All ranks raise in the same call then.
+    """
+
+    def __init__(self) -> None:
+        self._copied: deque[tuple[Any, Tensor]] = deque()
+
+    def add(self, digits: Tensor) -> None:
+        """Compare the largest and the smallest digits of all ranks, or begin to copy them to the host."""
+        if not digits.is_cuda:
+            self._compare(digits)
+        elif torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+            on_host = torch.empty(digits.shape, dtype=digits.dtype, pin_memory=True)
+            on_host.copy_(digits, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._copied.append((event, on_host))
+            if len(self._copied) > 2:
+                event, on_host = self._copied.popleft()
+                event.synchronize()
+                self._compare(on_host)
+
+    def _compare(self, digits: Tensor) -> None:
+        largest, complements = digits.chunk(2)
+        if not torch.equal(largest, 255 - complements):
+            raise RuntimeError(
+                "ranks have done different things since the last step: gradients of different buckets, or of different "
+                "steps, were added up. Expected: the same calls of backward(), zero_grad() and step() on every rank, "
+                "between two steps as many passes outside of no_sync(). Load a checkpoint, or begin with zero_grad() "
+                "on all ranks if parameters are right"
+            )
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -28,23 +28,23 @@ class Everyone:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Collective: values of the first rank of the mesh into a contiguous tensor (modified in place)."""
-        with self._shard.losing_ranks():
+        with self._shard.together():
             self._replicas.broadcast(tensor)
             self._shard.broadcast(tensor)
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """Collective: the sum, maximum or minimum over all ranks (modified in place); for a few elements."""
-        with self._shard.losing_ranks():
+        with self._shard.together():
             return self._replicas.all_reduce(self._shard.all_reduce(tensor, op), op)
 
-    def union(self, flags: Sequence[bool]) -> list[bool]:
-        """Collective: which flags are set on some rank."""
-        with self._shard.losing_ranks():
-            return self._replicas.union(self._shard.union(flags))
+    def union(self, flags: Sequence[bool], done: int) -> list[bool]:
+        """Collective: which flags are set on some rank; and whether all have done the same, as the transport's."""
+        with self._shard.together():
+            return self._replicas.union(self._shard.union(flags, done), done)
 
     def all_gather_objects(self, item: object) -> list[Any]:
         """Every rank's picklable object, in the order of where they meet."""
-        with self._shard.losing_ranks():
+        with self._shard.together():
             rows = self._replicas.all_gather_objects(self._shard.all_gather_objects((self.rank, item)))
         pairs = [pair for row in rows for pair in row]
         return [item for _, item in sorted(pairs, key=lambda pair: pair[0])]

@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.compat import all_gather_single, reduce_scatter_single
+from sharded_radam.compat import all_gather_coalesced, all_gather_single, reduce_scatter_single
 from sharded_radam.dtypes import HALF_DTYPES, wide
 from sharded_radam.transport.averages import Averages
 from sharded_radam.transport.base import Handle, Transport, as_bytes
 from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, sum_, typed
+
+COALESCING = ("nccl", "gloo")
+"""Backends that have all-gathers of several tensors in one call."""
 
 
 class NativeTransport(Transport):
@@ -32,6 +35,17 @@ class NativeTransport(Transport):
         with self._losing():
             work = all_gather_single(output, own, self.group)
         return [Handle(work, output, own, lost=partial(self.lose, None))]
+
+    def all_gather_each(self, buckets: Sequence[Tensor]) -> list[list[Handle]]:
+        if len(buckets) < 2 or dist.get_backend(self.group) not in COALESCING:
+            return super().all_gather_each(buckets)
+        outputs = [as_bytes(bucket) for bucket in buckets]
+        owns = [output.chunk(self.world_size)[self.rank] for output in outputs]
+        with self._losing():
+            work = all_gather_coalesced(outputs, owns, self.group)
+        # All have the same work, so that each may be waited for alone.
+        lost = partial(self.lose, None)
+        return [[Handle(work, output, own, lost=lost)] for output, own in zip(outputs, owns, strict=True)]
 
     def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
         # Not by messages, for each pair of which NCCL makes a communicator.
@@ -86,7 +100,8 @@ class NativeReducer(Reducer):
 
     def _complete(self, handle: Handle, parts: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
         handle.wait()
-        # Only sums are portable; the mean is formed here.
+        # Not the backend's mean: NCCL divides before it adds, which loses bits unless the number of ranks is a power of
+        # two, and others have none. Dividing while the sum is copied costs nothing.
         sum_(out, parts, accumulate, self._transport.world_size)
 
     def finish(self) -> None:

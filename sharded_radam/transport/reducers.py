@@ -72,17 +72,24 @@ def sum_(out: Tensor, parts: Sequence[Tensor], accumulate: bool, divisor: int = 
         numel = min(chunk_numel, out.numel() - start)
         target = out.narrow(0, start, numel)
         total = target if scratch is None else scratch.narrow(0, 0, numel)
-        first, *others = (part.narrow(0, start, numel) for part in parts)
-        if others and first.dtype == total.dtype:
-            torch.add(first, others.pop(0), out=total)
-        else:
-            torch._foreach_copy_([total], [first])
-        for part in others:
-            total.add_(part)
-        if divisor != 1:
-            total.div_(divisor)
+        _sum_and_divide_(total, [part.narrow(0, start, numel) for part in parts], divisor)
         if scratch is not None:
             target.add_(total)
+
+
+def _sum_and_divide_(total: Tensor, parts: Sequence[Tensor], divisor: int) -> None:
+    first, *others = parts
+    if first.dtype == total.dtype and not others and divisor != 1:
+        torch.div(first, divisor, out=total)  # one pass, where copying and dividing are two
+        return
+    if first.dtype == total.dtype and others:
+        torch.add(first, others.pop(0), out=total)
+    else:
+        torch._foreach_copy_([total], [first])
+    for part in others:
+        total.add_(part)
+    if divisor != 1:
+        total.div_(divisor)
 
 
 UNDER_WAY = 2

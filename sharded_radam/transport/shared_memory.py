@@ -184,13 +184,13 @@ class SharedMemoryTransport(GlooTransport):
             total = _REDUCE[op](total, part)
         return tensor.copy_(total.view(tensor.shape))
 
-    def broadcast(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         if tensor.numel():
-            self.meter.count("broadcast", tensor.nbytes if self.rank else 0)
+            self.meter.count("broadcast", 0 if self.rank == source else tensor.nbytes)
             message = as_bytes(tensor)
-            for part, slates in self._on_slates(message, self.rank == 0):
-                if self.rank != 0:
-                    part.copy_(slates[0])
+            for part, slates in self._on_slates(message, self.rank == source):
+                if self.rank != source:
+                    part.copy_(slates[source])
 
     def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
         message = as_bytes(shard)

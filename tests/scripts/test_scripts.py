@@ -34,7 +34,7 @@ MORE_ITERATIONS |= {"FSDP2 + RAdam foreach"}
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bench_step(tmp_path: Path, ranks: int) -> None:
     file = tmp_path / "out.json"
-    flags = ("--shapes", "tiny", "--rounds", "1", "--warmup", "1", "--passes", "2", "--json", str(file))
+    flags = ("--shapes", "tiny", "tiny-bf16", "--rounds", "1", "--warmup", "1", "--passes", "2", "--json", str(file))
     out = call(ranks, "scripts/bench_step.py", *flags, seconds=200).stdout
     figures = json.loads(file.read_text())
     limit = {"limit: update, bytes at the speed of memcpy"}
@@ -46,6 +46,13 @@ def test_bench_step(tmp_path: Path, ranks: int) -> None:
     assert figures["machine"]["ranks"] == ranks
     assert figures["machine"]["command"].startswith("OMP_NUM_THREADS=1 torchrun")
     assert figures["plan_ms"].keys() == {"1", "1024"}
+    steps, syncs = figures["step"]["tiny-bf16"], figures["sync_and_step"]["tiny-bf16"]
+    zero = {"ZeroRedundancyOptimizer"} if ranks > 1 else set()
+    assert steps.keys() == ALONE | limit | {"sharded_radam, compiled"} | zero
+    wanted = {f"{OURS}, compiled", OURS, "DDP + RAdam foreach", "the backward pass alone"} | limit
+    assert syncs.keys() == wanted | ({"DDP + ZeroRedundancyOptimizer", "FSDP2 + RAdam foreach"} if ranks > 1 else set())
+    for rows in (steps, syncs):
+        assert next(iter(rows.values()))["times_ours"] == 1.0
 
 
 def test_bench_train(tmp_path: Path) -> None:
@@ -133,7 +140,7 @@ def test_the_plan_is_what_was_measured(ranks: int) -> None:
 
 def test_bench_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    flags = ("--shapes", "tiny", "--rounds", "1", "--folder", str(tmp_path / "x"), "--json", str(file))
+    flags = ("--shapes", "tiny", "tiny-bf16", "--rounds", "1", "--folder", str(tmp_path / "x"), "--json", str(file))
     out = call(2, "scripts/bench_checkpoint.py", *flags, seconds=200).stdout
     figures = json.loads(file.read_text())["seconds"]
     assert len(figures) == 4

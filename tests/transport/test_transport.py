@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
-from sharded_radam import ShardedRAdam
+from sharded_radam import ShardedRAdam, compat
 from sharded_radam.compat import ALL_GATHER
-from sharded_radam.transport import make_transport
+from sharded_radam.plan import FlatPlan
+from sharded_radam.transport import make_transport, native
 from sharded_radam.update import update_buckets
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import WORLD_SIZES, run
@@ -271,6 +272,93 @@ def check_overlap(_rank: int, _world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_communication_overlaps_the_update(world_size: int) -> None:
     run(check_overlap, world_size)
+
+
+def check_several_in_one_call(rank: int, world_size: int) -> None:
+    """As an accelerator updates them, with an engine whose calls are large."""
+    params, others = make_params(), make_params()
+    optimizer = ShardedRAdam(params, bucket_cap_mb=1e-3, transport="native", foreach=True)
+    one_by_one = ShardedRAdam(others, bucket_cap_mb=1e-3, transport="gloo", foreach=True)
+    num_buckets = optimizer._shards.flats[0].plan.num_buckets
+    calls = lambda self, _device_type: [range(2), range(2, self.num_buckets)]  # noqa: E731
+    for step in range(1, 4):
+        set_grads(params, step, missing_at(step))
+        set_grads(others, step, missing_at(step))
+        before = optimizer.stats().collectives.get("all_gather", 0)
+        with mock.patch.object(FlatPlan, "calls", calls), counting_works() as works:
+            optimizer.step()
+        assert len(works) == 2 * (world_size > 1)
+        assert optimizer.stats().collectives.get("all_gather", 0) == before + num_buckets * (world_size > 1)
+        one_by_one.step()
+        assert_same(params, others)
+
+
+@contextmanager
+def counting_works() -> Iterator[list[Any]]:
+    """All-gathers of several tensors in one call."""
+    begun: list[Any] = []
+    original = compat.all_gather_coalesced
+
+    def begin(*args: Any) -> Any:
+        begun.append(original(*args))
+        return begun[-1]
+
+    with mock.patch.object(native, "all_gather_coalesced", begin):
+        yield begun
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES, 8])
+def test_several_buckets_are_gathered_in_one_call(world_size: int) -> None:
+    run(check_several_in_one_call, world_size)
+
+
+def check_what_was_done(rank: int, world_size: int) -> None:
+    for name in ("native", "gloo", "shared_memory"):
+        transport = make_transport(None, torch.device("cpu"), name)
+        flags = [rank == 0, rank == world_size - 1, False]
+        assert transport.union(flags, 2**32 - 1) == [True, True, False]
+        assert transport.union([True] * 3, 0) == [True] * 3
+        if world_size > 1:
+            for odd in (0, world_size - 1):
+                for here, there in ((7, 8), (0, 2**31), (2**32 - 1, 0)):
+                    with pytest.raises(RuntimeError, match="ranks have done different things since the last step"):
+                        transport.union(flags, here if rank == odd else there)
+        for source in {0, world_size - 1, world_size // 2}:
+            values = torch.arange(1000.0) * (rank + 1)
+            transport.broadcast(values, source)
+            assert torch.equal(values, torch.arange(1000.0) * (source + 1))
+        assert transport.meter.received_bytes["broadcast"] in (
+            0,
+            4000 * len({0, world_size - 1, world_size // 2} - {rank}),
+        )
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES, 8])
+def test_ranks_compare_what_they_have_done(world_size: int) -> None:
+    run(check_what_was_done, world_size)
+
+
+def check_another_round(rank: int, world_size: int) -> None:
+    """Their collectives match, so that a backend that knows no marks would add up what does not belong together."""
+    for odd in {0, world_size - 1}:
+        params = make_params()
+        optimizer = ShardedRAdam(params, shard_gradients=True, transport="native", bucket_cap_mb=1e-3)
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        if rank == odd:
+            optimizer.zero_grad()
+        set_grads(params, 3)
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(RuntimeError, match="ranks have done different things"):
+            optimizer.step()
+        assert_same(params, before)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_a_round_of_another_step_is_noticed(world_size: int) -> None:
+    run(check_another_round, world_size)
 
 
 def check_choice(rank: int, world_size: int) -> None:
