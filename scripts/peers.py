@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import ShardedRAdam
@@ -57,6 +58,7 @@ SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 OURS, FLOOR, DDP, ZERO = "sharded_radam", "sharded_radam, no communication", "DDP + RAdam", "ZeroRedundancyOptimizer"
 OURS_GLOO, OURS_SHARED = "sharded_radam, transport gloo", "sharded_radam, share_parameters"
 OURS_SHARDED = "sharded_radam, shard_gradients"
+OURS_MESH = "sharded_radam, mesh of 2 replicas"
 OURS_COMPILED = "sharded_radam, compiled"
 
 
@@ -71,7 +73,13 @@ def names(world_size: int, device: torch.device, dtype: torch.dtype = torch.floa
         return [OURS_COMPILED, OURS, FLOOR, *((ZERO,) if world_size > 1 else ()), DDP]
     if world_size == 1:
         return [OURS, FLOOR, DDP]
-    return [OURS, *((OURS_SHARED, OURS_GLOO) if device.type == "cpu" else ()), FLOOR, ZERO, DDP]
+    mesh = (OURS_MESH,) if world_size >= 4 and world_size % 2 == 0 else ()
+    return [OURS, *mesh, *((OURS_SHARED, OURS_GLOO) if device.type == "cpu" else ()), FLOOR, ZERO, DDP]
+
+
+def two_replicas(device_type: str) -> DeviceMesh:
+    """The ranks as two rows, each with one copy of the state: with 4 ranks, 2 x 2."""
+    return init_device_mesh(device_type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
 
 
 def make_params(
@@ -101,6 +109,8 @@ def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if peer in (OURS_GLOO, OURS_SHARED):
         transport, share = ("gloo", False) if peer == OURS_GLOO else (None, True)
         return ShardedRAdam(params, lr=LR, transport=transport, share_parameters=share)
+    if peer == OURS_MESH:
+        return ShardedRAdam(params, lr=LR, mesh=two_replicas(params[0].device.type))
     if peer == OURS_SHARDED:
         return ShardedRAdam(params, lr=LR, shard_gradients=True)
     if peer == DDP:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
@@ -22,12 +23,13 @@ ZERO1 = "DDP + sharded_radam"
 ZERO2 = "sharded_radam, shard_gradients"
 ZERO2_GLOO = "sharded_radam, shard_gradients, transport gloo"
 ONE_COPY = "sharded_radam, shard_gradients, share_parameters"
+ZERO2_MESH = "sharded_radam, shard_gradients, mesh of 2 replicas"
 DDP = "DDP + RAdam foreach"
 ZERO = "DDP + ZeroRedundancyOptimizer"
 FSDP = "FSDP2 + RAdam foreach"
 DEEPSPEED = "DeepSpeed ZeRO-2 + RAdam foreach"
 COMPILED = "sharded_radam, shard_gradients, compiled"
-OURS = (ZERO1, ZERO2, ZERO2_GLOO, ONE_COPY, COMPILED)
+OURS = (ZERO1, ZERO2, ZERO2_GLOO, ONE_COPY, ZERO2_MESH, COMPILED)
 
 
 def have_deepspeed() -> bool:
@@ -45,6 +47,8 @@ def names(world_size: int, dtype: torch.dtype = torch.float32) -> list[str]:
     found = [ZERO2, ONE_COPY, ZERO2_GLOO, ZERO1, ZERO, DDP, FSDP]
     if torch.cuda.is_available():
         found = [ZERO2, ZERO1, ZERO, DDP, FSDP]
+    if world_size >= 4 and world_size % 2 == 0:
+        found.insert(1, ZERO2_MESH)
     return [*found, DEEPSPEED] if have_deepspeed() else found
 
 
@@ -86,14 +90,16 @@ class Trainer:
         params = model.parameters()
         if name in OURS:
             transport = "gloo" if name == ZERO2_GLOO else None
-            flags = {
+            options: dict[str, Any] = {
                 "shard_gradients": name != ZERO1,
                 "share_parameters": name == ONE_COPY,
                 "compiled": name == COMPILED,
             }
-            return ShardedRAdam(params, lr=LR, transport=transport, **flags)  # type: ignore[arg-type]
+            if name == ZERO2_MESH:
+                options["mesh"] = peers.two_replicas("cuda" if torch.cuda.is_available() else "cpu")
+            return ShardedRAdam(params, lr=LR, transport=transport, **options)
         if name == ZERO:
-            options: dict[str, Any] = {"parameters_as_bucket_view": True, "lr": LR, "foreach": True}
+            options = {"parameters_as_bucket_view": True, "lr": LR, "foreach": True}
             return ZeroRedundancyOptimizer(params, torch.optim.RAdam, **options)
         return torch.optim.RAdam(params, lr=LR, foreach=True)
 

@@ -6,6 +6,7 @@ from sharded_radam.clipping import clip_grad_norm_
 from sharded_radam.grad_scaler import GradScaler
 from sharded_radam.optimizer import ShardedRAdam
 from sharded_radam.stats import Stats
+from sharded_radam.store.mesh import make_mesh
 from sharded_radam.version import __version__
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Stats",
     "__version__",
     "clip_grad_norm_",
+    "make_mesh",
 ]

@@ -42,6 +42,7 @@ class Arguments:
     """Arguments of ShardedRAdam, as they were passed; not those that RAdam checks."""
 
     process_group: dist.ProcessGroup | None
+    mesh: Any
     bucket_cap_mb: float | None
     fused: bool | None
     compiled: bool

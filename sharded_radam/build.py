@@ -26,7 +26,9 @@ from sharded_radam.radam import Hyperparameters
 from sharded_radam.state.dicts import Entry, read_entry
 from sharded_radam.state.edits import find_edits, set_counts, take_back
 from sharded_radam.state.gather import move
+from sharded_radam.store.groups import Groups, groups_of
 from sharded_radam.store.meeting import Meeting
+from sharded_radam.store.peers import ranks_of
 from sharded_radam.transport import Choice, Transport, choose
 
 
@@ -37,7 +39,8 @@ class Shards:
     It does not know the optimizer, so that one that is dropped is freed at once.
 
     Attributes:
-        transport: between the ranks.
+        transport: between the ranks of the shard group, and, as ``replicas``, of the replica group.
+        groups: these.
         options: of the optimizer.
         module: the model, with ``shard_gradients``.
         broadcasts: whether new parameters get the values of rank 0.
@@ -54,6 +57,7 @@ class Shards:
 
     transport: Transport
     options: Options
+    groups: Groups
     module: nn.Module | None = None
     broadcasts: bool = False
     flats: list[Flat] = field(default_factory=list)
@@ -70,6 +74,19 @@ class Shards:
     def when(self) -> str:
         """How far this rank has come, for errors."""
         return f"after {self.steps} steps"
+
+    def ranks(self) -> list[int]:
+        """Global ranks of all, in increasing order; this process alone is rank 0."""
+        return [0] if self.groups.shard is None else ranks_of(self.groups)
+
+    def row(self) -> list[int]:
+        """Global ranks of the shard group, in its order."""
+        return [0] if self.groups.shard is None else ranks_of(self.groups.shard)
+
+    @property
+    def global_rank(self) -> int:
+        """Of this process."""
+        return self.row()[self.transport.rank]
 
     def names(self) -> dict[Tensor, str]:
         """Of all parameters that are laid out."""
@@ -111,28 +128,32 @@ def build(
     Raises:
         ValueError, TypeError, MemoryError: on every rank, what one of them raised, or what differs between them.
     """
-    meeting, what = Meeting.of(arguments.process_group), "building ShardedRAdam"
-    draft = agree(meeting, what, partial(_first_draft, optimizer, initialise, arguments, meeting.world_size))
-    assert draft.choice is not None
+    mesh, what = arguments.mesh, "building ShardedRAdam"
+    meeting = Meeting.of(arguments.process_group) if mesh is None else Meeting.of_mesh(mesh)
+    draft = agree(meeting, what, partial(_first_draft, optimizer, initialise, arguments, meeting))
+    choice = draft.choice
+    assert choice is not None
     shares_more = arguments.shard_gradients or arguments.share_parameters
-    shards = Shards(connect(draft.choice), arguments.options(), arguments.module, shares_more)
+    shards = Shards(connect(choice), arguments.options(), choice.groups, arguments.module, shares_more)
     with shards.transport.together(what):
         adopt(optimizer, shards, draft)
         if arguments.module is not None:
-            broadcast_(list(arguments.module.buffers()), shards.transport)
+            broadcast_(list(arguments.module.buffers()), shards.transport.everyone)
     shards.transport.operation = "step 1"
     return shards
 
 
-def _first_draft(optimizer: RAdam, initialise: Callable[[], None], arguments: Arguments, world_size: int) -> Draft:
+def _first_draft(optimizer: RAdam, initialise: Callable[[], None], arguments: Arguments, meeting: Meeting) -> Draft:
     """All that can fail on one rank."""
-    arguments.check(world_size)
+    groups = groups_of(arguments.process_group, arguments.mesh)
+    arguments.check(meeting.world_size)
     initialise()
-    draft = make_draft(optimizer.param_groups, arguments.options(), world_size)
+    draft = make_draft(optimizer.param_groups, arguments.options(), groups.shard_size, meeting.world_size)
     buffers = () if arguments.module is None else arguments.module.named_buffers()
     device = next((param.device for group in optimizer.param_groups for param in group["params"]), torch.device("cpu"))
-    choice = choose(arguments.process_group, device, arguments.transport, arguments.share_parameters)
-    return replace(draft, options=arguments.offer(), buffers=tuple(buffers), choice=choice)
+    choice = choose(groups, device, arguments.transport, arguments.share_parameters, meeting)
+    offer = {"mesh": [*map(list, groups.rows)] or None, **arguments.offer()}
+    return replace(draft, options=offer, buffers=tuple(buffers), choice=choice)
 
 
 def check_is_whole(shards: Shards) -> None:
@@ -147,18 +168,21 @@ def check_is_whole(shards: Shards) -> None:
 
 
 @torch.no_grad()
-def rebuild(optimizer: RAdam, transport: Transport, options: Options, groupless: Sequence[dict[str, Any]]) -> Shards:
+def rebuild(
+    optimizer: RAdam, transport: Transport, options: Options, groups: Groups, groupless: Sequence[dict[str, Any]]
+) -> Shards:
     """Lay out a copy of an optimizer, without collectives.
 
     Args:
         optimizer: whose groups and state have tensors of their own (state: modified in place).
         transport: to use.
         options: of the optimizer.
+        groups: of the transport.
         groupless: groups of parameters that are in none of its groups, but have state.
     """
     if options.compiled:
         _compile([*optimizer.param_groups, *groupless], options)
-    shards = Shards(transport, options)
+    shards = Shards(transport, options, groups)
     state = {key: dict(own) if isinstance(own, dict) else own for key, own in optimizer.state.items()}
     params, specs = describe([*optimizer.param_groups, *groupless], 0, bool(options.fused))
     plan = make_plan(specs, transport.world_size, options.bucket_cap_mb)
@@ -194,7 +218,7 @@ def lay_out(optimizer: RAdam, shards: Shards, what: str, change: Callable[[], No
         change()
         complete_groups(optimizer.param_groups, optimizer.defaults, shards.names())
         groups = optimizer.param_groups + find_groupless(optimizer, shards)
-        return make_draft(groups, shards.options, shards.transport.world_size)
+        return make_draft(groups, shards.options, shards.transport.world_size, shards.transport.meeting.world_size)
 
     draft = agree(shards.transport.meeting, what, make)
     with shards.transport.together(what):
@@ -212,11 +236,18 @@ def find_groupless(optimizer: RAdam, shards: Shards) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def make_draft(groups: Sequence[Mapping[str, Any]], options: Options, world_size: int) -> Draft:
-    """Plan the layout of groups; all that can be wrong with their parameters is raised here."""
+def make_draft(groups: Sequence[Mapping[str, Any]], options: Options, world_size: int, num_ranks: int) -> Draft:
+    """Plan the layout of groups; all that can be wrong with their parameters is raised here.
+
+    Args:
+        groups: param groups.
+        options: of the optimizer.
+        world_size: of the shard group.
+        num_ranks: in all, with those of other shard groups.
+    """
     params, specs = describe(groups, 0, bool(options.fused))
     check_memory(zip(params, specs, strict=True))
-    if world_size > 1:
+    if num_ranks > 1:
         check_device(params)
     if options.shard_gradients:
         check_not_wrapped(params)
@@ -248,7 +279,7 @@ def adopt(optimizer: RAdam, shards: Shards, draft: Draft) -> None:
     if shards.gradients is not None:
         shards.gradients.finish()
     if shards.broadcasts:
-        broadcast_(fresh, shards.transport)
+        broadcast_(fresh, shards.transport.everyone)
     flats = _make_flats(shards, draft.plan, draft.params, old, shards.transport.buffers)
     _move_state(optimizer, shards, old, flats, entries)
     _settle(optimizer, shards, flats)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,13 @@ from sharded_radam.state import consolidate, load
 from sharded_radam.state.edits import take_back
 from sharded_radam.stats import Stats, ownership, stats
 from sharded_radam.step import check_replicas, evaluate, heed_scaler, prepare, update
+from sharded_radam.store.groups import Groups
 from sharded_radam.store.peers import Peers
 from sharded_radam.transport import Alone, Choice, Transport
 from sharded_radam.uneven_inputs import ShadowSteps, share_gradients
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger("sharded_radam")
 
@@ -58,8 +62,12 @@ class ShardedRAdam(RAdam, Joinable):
         compiled: True for one pass over memory in every precision, by what torch.compile makes of the equation (see
             :mod:`sharded_radam.compiled`). It differs from RAdam in the last bits. Compiled at construction, which
             takes 5 to 40 seconds, and needs a compiler: g++ or clang++ on CPU, Triton on CUDA.
-        process_group: whose ranks share the state; the default group if None. Without one, or with one rank, nothing
-            is communicated.
+        process_group: whose ranks share the state, or a DeviceMesh of one dimension; the default group if None. Without
+            one, or with one rank, nothing is communicated.
+        mesh: a DeviceMesh, in the place of ``process_group``. One dimension shards. Of two, whatever their names, the
+            last one shards, and the first one replicates: each row is a shard group, which has one copy of the state,
+            and each column a replica group, whose ranks hold the same shard. Gradients are averaged over all ranks; all
+            replicas end with the same bits. See :func:`sharded_radam.make_mesh`.
         bucket_cap_mb: size of a bucket in MiB. If None, 25 on CPU, and 4 a rank elsewhere, but from 64 to 256.
         parameters_as_bucket_view: if False, parameters keep their own memory, and the buckets cost as much again.
         transport: "native", "gloo", "shared_memory", or None to choose: native on CUDA, shared memory where all ranks
@@ -114,6 +122,7 @@ class ShardedRAdam(RAdam, Joinable):
         capturable: bool = False,
         differentiable: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
         bucket_cap_mb: float | None = None,
         parameters_as_bucket_view: bool = True,
         transport: str | None = None,
@@ -130,6 +139,7 @@ class ShardedRAdam(RAdam, Joinable):
         initialise: Callable[[], None] = partial(super().__init__, params, *numbers, **flags)  # type: ignore[arg-type]
         arguments = Arguments(
             process_group=process_group,
+            mesh=mesh,
             bucket_cap_mb=bucket_cap_mb,
             fused=fused,
             compiled=compiled,
@@ -145,7 +155,7 @@ class ShardedRAdam(RAdam, Joinable):
             module=module,
         )
         self._shards = build(self, initialise, arguments, self._connect)
-        if self._shards.transport.rank == 0:
+        if self._shards.transport.meeting.rank == 0:
             logger.info("%s", self.stats())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -172,7 +182,7 @@ class ShardedRAdam(RAdam, Joinable):
 
         Without DistributedDataParallel nobody else does: call it before validation or saving, if the model has some.
         """
-        broadcast_(list(module.buffers()), self._shards.transport)
+        broadcast_(list(module.buffers()), self._shards.transport.everyone)
 
     def stats(self) -> Stats:
         """Figures of this rank since construction: bytes, collectives, time by phase; see :class:`Stats`.
@@ -187,7 +197,8 @@ class ShardedRAdam(RAdam, Joinable):
 
     def describe(self) -> str:
         """Who owns what, of all ranks: a line for each shard of each bucket. Not collective."""
-        return f"{self.stats()}\n{ownership([(flat.plan, flat.specs) for flat in self._shards.flats])}"
+        plans = [(flat.plan, flat.specs) for flat in self._shards.flats]
+        return f"{self.stats()}\n{ownership(plans, self._shards.groups.rows)}"
 
     # Step
 
@@ -353,7 +364,7 @@ class ShardedRAdam(RAdam, Joinable):
 
     # State dicts
 
-    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+    def consolidate_state_dict(self, to: int | None = None) -> dict[str, Any] | None:
         """Collective: the whole state on one rank, as ``torch.optim.RAdam.state_dict()`` would have it.
 
         Bucket by bucket: beyond the result, rank ``to`` allocates one bucket. Tensors are on CPU, and the dict is
@@ -361,7 +372,8 @@ class ShardedRAdam(RAdam, Joinable):
         reads it. Half-precision parameters have a "master" beside their moments.
 
         Args:
-            to: rank of the process group that gets it.
+            to: global rank that gets it, also where ``process_group`` has only some of the ranks; the first of the
+                optimizer's ranks if None.
 
         Returns:
             The dict on rank ``to``, None elsewhere. Until the next step (or the next loading, or a new param group),
@@ -437,7 +449,7 @@ class ShardedRAdam(RAdam, Joinable):
         """
         return load.take_over(self, self._shards, groups, entries)
 
-    def full_precision_state_dict(self, model: nn.Module, to: int = 0) -> dict[str, Any] | None:
+    def full_precision_state_dict(self, model: nn.Module, to: int | None = None) -> dict[str, Any] | None:
         """Collective: the state dict of a half-precision model as it would be in fp32, on one rank.
 
         Parameters are their fp32 masters; what has none (other parameters, buffers) is converted. Tensors of full
@@ -446,7 +458,7 @@ class ShardedRAdam(RAdam, Joinable):
         Args:
             model: the model, wrapped or not; names have no prefix of a wrapper, and a tied weight has each of its names
                 with one tensor for all.
-            to: rank of the process group that gets it.
+            to: global rank that gets it; the first of the optimizer's ranks if None.
 
         Returns:
             Copies on CPU on rank ``to``, for ``load_state_dict`` of an fp32 model; None elsewhere.
@@ -476,7 +488,7 @@ class ShardedRAdam(RAdam, Joinable):
         Raises:
             CheckpointError: on every rank the same, if one of them failed or did not come; nothing is left behind.
         """
-        peers = Peers.of(self.process_group)
+        peers = Peers.of(self._shards.groups)
         return Save.begin(path, lambda: self.checkpoint_part(model).collect(), peers, timeout).write()
 
     def load(
@@ -506,7 +518,7 @@ class ShardedRAdam(RAdam, Joinable):
             CheckpointError: on every rank the same: no checkpoint, a damaged one, or other parameters. The optimizer is
                 unchanged then.
         """
-        peers = Peers.of(self.process_group)
+        peers = Peers.of(self._shards.groups)
         plan = load_checkpoint(
             path, peers, timeout, lambda index, files: self.checkpoint_part(model).prepare(index, files, strict, prefix)
         )
@@ -520,11 +532,18 @@ class ShardedRAdam(RAdam, Joinable):
         for flat in shards.flats:
             take_back(self, flat)
         is_fused, has_one_copy = bool(shards.options.fused), shards.transport.has_one_copy
-        return OptimizerPart(shards.flats, self.param_groups, self.state, model, is_fused, has_one_copy)
+        replicas = shards.transport.replicas
+        replica = (0, 1) if replicas is None else (replicas.rank, replicas.world_size)
+        return OptimizerPart(shards.flats, self.param_groups, self.state, model, is_fused, has_one_copy, replica)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks of all that this optimizer is on, of all replicas, in increasing order."""
+        return self._shards.ranks()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The group whose ranks share the state; None where torch.distributed is not initialised."""
+        """The group whose ranks share the state: the shard group; None where torch.distributed is not initialised."""
         return self._shards.transport.group
 
     # Copies
@@ -539,23 +558,24 @@ class ShardedRAdam(RAdam, Joinable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         shards: Shards | None = self.__dict__.get("_shards")
-        self._restore(state, shards.transport if shards else Alone(torch.device("cpu")))
+        self._restore(state, shards.transport if shards else Alone(torch.device("cpu")), shards)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRAdam:
         self._shards.wait()
         follow_groups(self, self._shards)
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new._restore(deepcopy(self._content(), memo), self._shards.transport.copy())
+        new._restore(deepcopy(self._content(), memo), self._shards.transport.copy(), self._shards)
         return new
 
-    def _restore(self, content: dict[str, Any], transport: Transport) -> None:
-        """Become a copy."""
+    def _restore(self, content: dict[str, Any], transport: Transport, shards: Shards | None) -> None:
+        """Become a copy, between the same ranks as some shards."""
         Joinable.__init__(self)
         content = dict(content)
         options, groupless = content.pop("_options", None), content.pop("_groupless", [])
         super().__setstate__(content)  # type: ignore[no-untyped-call]
-        self._shards = rebuild(self, transport, options or self._shards.options, groupless)
+        groups = shards.groups if shards else Groups(None)
+        self._shards = rebuild(self, transport, options or self._shards.options, groups, groupless)
 
     # Join
 
@@ -563,8 +583,11 @@ class ShardedRAdam(RAdam, Joinable):
         """For ``torch.distributed.algorithms.Join([ddp_model, optimizer])``: ranks without data step along.
 
         Raises:
-            ValueError: with ``shard_gradients``, since Join is for DistributedDataParallel.
+            ValueError: with ``shard_gradients``, since Join is for DistributedDataParallel; or with a mesh of two
+                dimensions.
         """
+        if self._shards.groups.replica is not None:
+            raise ValueError("Join is for one process group, and this optimizer has a mesh of two dimensions")
         if self.shards_gradients:
             raise ValueError("Join works with DistributedDataParallel, which shard_gradients=True replaces")
         return ShadowSteps(self, self._shards)

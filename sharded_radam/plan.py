@@ -165,6 +165,11 @@ class FlatPlan:
             end = piece.local_start + piece.numel
         return [part for part in (*found, range(end, self.local_numel)) if part]
 
+    def part_of(self, replica: int, num_replicas: int) -> range:
+        """Of the own shards, put one after the other, the elements that one of some replicas writes of a checkpoint."""
+        edges = [self.local_numel * each // num_replicas for each in (replica, replica + 1)]
+        return range(*edges)
+
     def buckets_of(self, slot: int) -> range:
         """The buckets that have elements of a slot."""
         at = self.slots[slot]
@@ -179,6 +184,17 @@ class FlatPlan:
                 break
             if slot.numel:
                 yield index, max(slot.start, start), min(slot.start + slot.numel, stop)
+
+
+def cut(pieces: Iterable[Piece], within: range) -> list[Piece]:
+    """The parts of pieces that lie in a range of the own shards, put one after the other."""
+    found = []
+    for piece in pieces:
+        first = max(within.start, piece.local_start)
+        stop = min(within.stop, piece.local_start + piece.numel)
+        if first < stop:
+            found.append(_part(piece, first - piece.local_start, stop - first))
+    return found
 
 
 def stretches(pieces: Iterable[Piece], separate_numel: float = math.inf) -> list[Stretch]:

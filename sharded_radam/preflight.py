@@ -20,7 +20,7 @@ from sharded_radam.buckets.flat import DTYPES
 from sharded_radam.buckets.memory import dim_order, flatten, unflatten
 from sharded_radam.plan import ParamSpec, ShardPlan
 from sharded_radam.store.meeting import Meeting
-from sharded_radam.transport import Choice, Transport
+from sharded_radam.transport import Choice, Everyone, Transport
 
 FLAGS = ("foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay")
 """Of a param group: compared between ranks when the optimizer is built. What users change between steps, such as lr, is
@@ -259,7 +259,7 @@ def _row(row: Sequence[str] | None) -> str:
     return "nothing" if row is None else " ".join(row)
 
 
-def broadcast_(tensors: Sequence[Tensor], transport: Transport) -> None:
+def broadcast_(tensors: Sequence[Tensor], transport: Transport | Everyone) -> None:
     """Collective: rank 0's values into tensors of any memory order (modified in place)."""
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)

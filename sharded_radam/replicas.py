@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sharded_radam.buckets.memory import dim_order, flatten
 from sharded_radam.store.verdicts import name_ranks
-from sharded_radam.transport import Transport
+from sharded_radam.transport import Everyone, Transport
 
 _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize"),
@@ -83,7 +83,7 @@ def fingerprint(here: Facts) -> Fingerprint:
     return Fingerprint(torch.stack(own), sums)
 
 
-def compare(here: Facts, transport: Transport) -> None:
+def compare(here: Facts, transport: Transport | Everyone) -> None:
     """Collective: raise on every rank if they differ; one all-reduce of four numbers if they do not.
 
     Raises:

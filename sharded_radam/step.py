@@ -89,9 +89,10 @@ def _is_check_due(optimizer: RAdam, shards: Shards) -> bool:
 def check_replicas(optimizer: RAdam, shards: Shards) -> None:
     """Collective: raise RuntimeError on every rank if hyperparameters, step counts or parameters differ."""
     shards.wait()
-    if shards.transport.world_size > 1:
+    everyone = shards.transport.everyone
+    if everyone.world_size > 1:
         has_one_copy = shards.transport.has_one_copy
-        compare(facts(optimizer.param_groups, optimizer.state, shards.names(), has_one_copy), shards.transport)
+        compare(facts(optimizer.param_groups, optimizer.state, shards.names(), has_one_copy), everyone)
 
 
 def update(optimizer: RAdam, shards: Shards, cohorts: Sequence[Sequence[Cohort]]) -> None:

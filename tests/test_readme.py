@@ -93,6 +93,28 @@ def check_sharded(_rank: int, _world_size: int, code: str, batches_of_a_step: in
     assert not torch.equal(names["model"].weight, before)
 
 
+def check_mesh(rank: int, world_size: int, code: str) -> None:
+    """Two nodes where that is possible, otherwise one."""
+    nodes = 1 if world_size % 2 else 2
+    size = world_size // nodes
+    places = {
+        "GROUP_WORLD_SIZE": nodes,
+        "LOCAL_WORLD_SIZE": size,
+        "GROUP_RANK": rank // size,
+        "LOCAL_RANK": rank % size,
+    }
+    model = nn.Linear(3, 200)
+    names = {"model": model, "DistributedDataParallel": DistributedDataParallel, "ShardedRAdam": ShardedRAdam}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in places.items():
+            patch.setenv(name, str(value))
+        exec(code, names)
+    optimizer: Any = names["optimizer"]
+    model(torch.ones(5, 3)).sum().backward()
+    optimizer.step()
+    assert (optimizer.stats().num_replicas, optimizer.stats().world_size) == (nodes, world_size)
+
+
 def check_edit(_rank: int, _world_size: int, code: str) -> None:
     """Rows of a parameter are pruned, with their moments."""
     param = torch.ones(200, 3, requires_grad=True)
@@ -147,9 +169,10 @@ def test_code_of_the_readme(tmp_path: Path, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_code_of_the_guide(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit, sharded, manager, dcp, zero, figures = blocks(GUIDE, "python")
+    edit, sharded, mesh, manager, dcp, zero, figures = blocks(GUIDE, "python")
     run(check_edit, world_size, edit)
     run(check_sharded, world_size, sharded, 4)
+    run(check_mesh, world_size, mesh)
     run(check_manager, world_size, f"{manager}\n{dcp}", str(tmp_path))
     run(check_from_zero, world_size, zero, figures, str(tmp_path))
     commands = [line for line in lines(GUIDE) if line.startswith("sharded-radam checkpoint")]
@@ -170,7 +193,7 @@ def test_commands_of_the_readme() -> None:
 
 def test_commands_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
     tools = [line for line in lines(GUIDE) if not line.startswith("sharded-radam checkpoint")]
-    assert [command.split()[1] for command in tools] == ["plan", "plan", "doctor"]
+    assert [command.split()[1] for command in tools] == ["plan", "plan", "plan", "doctor"]
     for command in tools:
         assert main(shlex.split(command)[1:]) == 0
         assert capsys.readouterr().out

@@ -27,7 +27,7 @@ from sharded_radam.buckets.replaced import Replaced
 from sharded_radam.buckets.stretches import Stretches, memory_of
 from sharded_radam.compat import increment_versions
 from sharded_radam.dtypes import HALF_DTYPES, wide
-from sharded_radam.plan import FlatPlan, ParamSpec, Piece
+from sharded_radam.plan import FlatPlan, ParamSpec, Piece, cut
 from sharded_radam.radam import endless, follow_
 
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -135,14 +135,20 @@ class Flat:
             if self.as_views and param.numel() and param.data_ptr() == self._addresses[slot]:
                 param.data = param.data.clone()
 
-    def range_tensors(self, slot: int, state: Mapping[str, Tensor] | None = None) -> dict[str, RangeTensor]:
+    def range_tensors(
+        self, slot: int, state: Mapping[str, Tensor] | None = None, within: range | None = None
+    ) -> dict[str, RangeTensor]:
         """The state of a slot as tensors of the parameter's shape, with the own elements: live views.
 
-        Or those of other buffers with the layout of ``state``.
+        Args:
+            slot: its number.
+            state: other buffers with the layout of ``state``.
+            within: the own elements that count; all if None.
         """
         spec, found = self.specs[slot], {}
+        own = self._own(slot) if within is None else cut(self._own(slot), within)
         for name, local in (self.state if state is None else state).items():
-            pieces = [(at.start, local.narrow(0, at.local_start, at.numel)) for at in self._own(slot)]
+            pieces = [(at.start, local.narrow(0, at.local_start, at.numel)) for at in own]
             found[name] = RangeTensor(spec.shape, pieces, spec.dim_order, local.dtype, local.device)
         return found
 

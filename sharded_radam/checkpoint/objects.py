@@ -62,11 +62,13 @@ class Objects:
     def check_ranks(self, ranks: list[int]) -> None:
         """Raise ValueError if the state of an optimizer is partitioned over other ranks than those that save."""
         for name, optimizer in self.optimizers.items():
+            ours = self._ours(name)
             group = getattr(getattr(optimizer, "optimizer", optimizer), "process_group", None)
-            if group is not None and (own := ranks_of(group)) != ranks:
+            if group is not None and (own := ours.ranks if ours else ranks_of(group)) != ranks:
                 raise ValueError(
                     f"{_key('optimizer', name)}: its process group has the ranks {own}, those that save are {ranks}: "
-                    "give CheckpointManager its process_group, and a folder of its own"
+                    "give CheckpointManager its process_group, and a folder of its own; or, where other ranks have "
+                    "copies of this state, give the optimizer their mesh"
                 )
 
     def content(self) -> tuple[dict[str, Any], Facts]:

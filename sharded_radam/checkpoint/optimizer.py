@@ -43,6 +43,10 @@ class Shardable(Protocol):
     def take_over(self, groups: list[dict[str, Any]], entries: Entries) -> int:
         """Take over what was checked; return how many weights became masters."""
 
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks of all that it is on."""
+
 
 class _ParamMatch(NamedTuple):
     """A slot of flat number ``flat``, and what the checkpoint has for it: kinds -> names, None if it is not there."""
@@ -103,6 +107,7 @@ class OptimizerPart:
         model: whose parameters' names are to be used, if the optimizer was built without.
         is_fused: whether the fused engine was asked for, which does not take all groups.
         has_one_copy: whether all ranks have their parameters in the same memory.
+        replica: which of the replicas this is that hold the same shards, and how many there are; each writes a part.
     """
 
     flats: Sequence[Flat]
@@ -111,6 +116,7 @@ class OptimizerPart:
     model: nn.Module | None
     is_fused: bool
     has_one_copy: bool
+    replica: tuple[int, int] = (0, 1)
 
     # Saving
 
@@ -124,9 +130,10 @@ class OptimizerPart:
         groups = pack_groups(self.param_groups)
         state = {}
         for flat in self.flats:
+            within = flat.plan.part_of(*self.replica)
             for slot, param in enumerate(flat.params):
-                step = export_step(self.state[param]["step"]).cpu()
-                state[names[param][0]] = {"step": step, **flat.range_tensors(slot), **self._users_own(param)}
+                step, ranges = export_step(self.state[param]["step"]).cpu(), flat.range_tensors(slot, within=within)
+                state[names[param][0]] = {"step": step, **ranges, **self._users_own(param)}
         for group, ours in zip(groups, self.param_groups, strict=True):
             # Numbers become text, as they do as keys of the state: torch's converters find one by the other.
             group["params"] = [names[param][0] for param in ours["params"]]

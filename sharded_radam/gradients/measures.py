@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_radam.buckets.memory import dim_order, flatten, unflatten
-from sharded_radam.transport import Transport
+from sharded_radam.transport import Everyone, Transport
 
 logger = logging.getLogger("sharded_radam")
 
@@ -164,7 +164,7 @@ class FiniteCheck:
         transport: of the ranks.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport | Everyone) -> None:
         self._transport = transport
         self._names: list[str] = []
 

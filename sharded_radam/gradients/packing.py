@@ -12,7 +12,8 @@ from torch import Tensor
 from sharded_radam.buckets.flat import Flat
 from sharded_radam.buckets.memory import zeros
 from sharded_radam.gradients.schedule import Launch, SlotKey
-from sharded_radam.transport import Reducer, Transport
+from sharded_radam.plan import ALIGNMENT
+from sharded_radam.transport import Averages, Reducer, Transport
 
 
 class _Part(NamedTuple):
@@ -39,14 +40,18 @@ class Sums:
     def __init__(self, flats: Sequence[Flat], transport: Transport, reduce_dtype: torch.dtype | None = None) -> None:
         self.flats = list(flats)
         self._dtypes = [reduce_dtype or flat.buffer.dtype.to_real() for flat in flats]
+        self._transport = transport
+        self._averages: Averages | None = None
+        self._whole: list[Tensor] = []  # sums, and zeros that make them divisible between replicas
         self.totals: list[Tensor] = []
         for flat in flats:
             dtype = flat.state["exp_avg"].dtype.to_real()
-            self.totals.append(zeros(flat.reals * flat.plan.local_numel, dtype, flat.buffer.device))
+            numel = flat.reals * flat.plan.local_numel
+            self._whole.append(zeros(numel + -numel % self._quantum(), dtype, flat.buffer.device))
+            self.totals.append(self._whole[-1].narrow(0, 0, numel))
         self._views = [_views_of(flat, total) for flat, total in zip(flats, self.totals, strict=True)]
         self._padding = [_padding_of(flat) for flat in flats]
         self.reducer: Reducer | None = None
-        self._transport = transport
         self._parts = {
             (index, bucket): _parts_of(flat, bucket)
             for index, flat in enumerate(flats)
@@ -65,6 +70,10 @@ class Sums:
         self.reducer = self.reducer or self._transport.reducer(self._sizes())
         return self.reducer
 
+    def _quantum(self) -> int:
+        replicas = self._transport.replicas
+        return 1 if replicas is None else ALIGNMENT * replicas.world_size
+
     def _sizes(self) -> list[tuple[int, torch.dtype]]:
         numels = [flat.reals * flat.plan.bucket_numel for flat in self.flats]
         return list(zip(numels, self._dtypes, strict=True))
@@ -75,7 +84,8 @@ class Sums:
 
     def slot_bytes(self) -> int:
         """Bytes of the buckets that are filled or under way; not collective, so 0 while there is no reducer."""
-        return self.reducer.num_slots * self.reducer.slot_bytes(self._sizes()) if self.reducer else 0
+        of_replicas = self._averages.num_bytes() if self._averages else 0
+        return of_replicas + (self.reducer.num_slots * self.reducer.slot_bytes(self._sizes()) if self.reducer else 0)
 
     def total_of(self, flat: Flat) -> Tensor:
         """The sums of a flat."""
@@ -170,8 +180,21 @@ class Sums:
         for flat, total, padding in zip(self.flats, self.totals, self._padding, strict=True):
             total.view(-1, flat.reals).index_fill_(0, padding, 0)
 
+    def average_replicas(self, indices: Sequence[int]) -> None:
+        """Collective: make the sums of some flats, which are the shard group's mean, that of all replicas."""
+        replicas, meter = self._transport.replicas, self._transport.meter
+        if replicas is None:
+            return
+        if self._averages is None:
+            self._averages = replicas.averages(self._whole, max((numel for numel, _ in self._sizes()), default=0))
+        with meter.phase("average"):
+            for part in (self._whole[index].nbytes // replicas.world_size for index in indices):
+                meter.count("average", 2 * part * (replicas.world_size - 1))
+            self._averages.average(indices)
+
     def restart(self) -> None:
         """Forget what is under way, on all ranks."""
+        self._averages = None
         if self.reducer is not None:
             self.reducer.restart()
 

@@ -59,7 +59,7 @@ class ShardedGradients:
     ) -> None:
         self.transport = transport
         self._reduce_dtype = reduce_dtype
-        self._finite = FiniteCheck(transport) if check else None
+        self._finite = FiniteCheck(transport.everyone) if check else None
         self._syncs = True  # outside of no_sync
         self._switches = {} if module is None else module.__dict__
         self._arriving: SlotKey | None = None
@@ -211,7 +211,8 @@ class ShardedGradients:
         self.settle()
         self._check_owner()
         self.places.follow_dropped()
-        if not self.rounds.is_reduced:
+        is_due = not self.rounds.is_reduced
+        if is_due:
             if not self.rounds.is_launched:
                 self._end_round()
             self._send_tail()
@@ -221,10 +222,17 @@ class ShardedGradients:
         with self.transport.meter.phase("reduce_scatter"):
             self.make_reducer()
             self.sums.finish()
+        if is_due:
+            self._average_replicas()
         if self._finite is not None:
             self._finite.agree()
         self.places.follow_assigned()
         return [self.places.present(index) for index in range(len(self.sums.flats))]
+
+    def _average_replicas(self) -> None:
+        """Collective, where there are several: once a step, as a rule, since nobody reads the sums before."""
+        with self.transport.losing_ranks():
+            self.sums.average_replicas(sorted({index for index, _ in self.places.has_grad}))
 
     def reduce_once(self) -> None:
         """Collective the first time after a backward pass: reduce all that is left."""
@@ -252,7 +260,7 @@ class ShardedGradients:
 
     def _send_tail(self) -> None:
         done, self._done = self._done, 0
-        flags = self.transport.union([param.grad is not None for _, param in self.params()], done)
+        flags = self.transport.everyone.union([param.grad is not None for _, param in self.params()], done)
         self.places.set_present(flags)
         for launch in self.rounds.schedule.tail:
             if any((launch.flat, slot) in self.places.has_grad for slot in launch.slots):
@@ -265,7 +273,7 @@ class ShardedGradients:
         """After the first backward, and whenever other parameters have gradients: launch in the order of rank 0's."""
         present = self.places.has_grad
         if present and not self.rounds.knows_order(present):
-            arrivals = self.transport.all_gather_objects(self.rounds.last_arrivals)[0]
+            arrivals = self.transport.everyone.all_gather_objects(self.rounds.last_arrivals)[0]
             self.rounds.follow(arrivals, present)
 
     def stepped(self) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import RAdam
 
@@ -39,8 +38,9 @@ _CPU = torch.device("cpu")
 # The whole state
 
 
-def consolidate(optimizer: RAdam, shards: Shards, to: int) -> dict[str, Any] | None:
+def consolidate(optimizer: RAdam, shards: Shards, to: int | None) -> dict[str, Any] | None:
     """Collective: see ShardedRAdam.consolidate_state_dict."""
+    to = shards.ranks()[0] if to is None else to
     what = f"consolidate_state_dict(to={to}) {shards.when}"
     made = _gather(optimizer, shards, what, to, _CPU, lambda state: (state, _copy(optimizer, state)))
     if made is None:
@@ -60,7 +60,9 @@ def _gather(
     device: torch.device | None,
     finish: Callable[[State], T],
 ) -> T | None:
-    """Collective: the whole state on rank ``to``, or on all; on a device, or where the parameters are.
+    """Collective: the whole state on global rank ``to``, or on all; on a device, or where the parameters are.
+
+    Of a mesh, only the shard group of rank ``to`` has something to send.
 
     Returns:
         What ``finish`` makes of it, which may fail as well; None on ranks that do not get it.
@@ -68,15 +70,17 @@ def _gather(
     follow_groups(optimizer, shards)
     own = shards.transport.meeting.attempt(what, lambda: _prepare_to_gather(optimizer, shards, to))
     state: State = {}
+    row, is_target = shards.row(), to in (None, shards.global_rank)
     with _together_to_the_end(shards, what):
-        for flat in shards.flats:
-            gathered = gather_flat(flat, flat.state, shards.transport, to, device or flat.buffer.device)
+        for flat in shards.flats if to is None or to in row else ():
+            at = None if to is None else row.index(to)
+            gathered = gather_flat(flat, flat.state, shards.transport, at, device or flat.buffer.device)
             for param, tensors in zip(flat.params, gathered or [{}] * len(flat.params), strict=True):
                 step = export_step(optimizer.state[param]["step"])
                 state[param] = {"step": step.to(device or step.device), **tensors}
         for key, value in own.items():
             state[key] = {**state[key], **value} if key in state else value
-        return finish(state) if to in (None, shards.transport.rank) else None
+        return finish(state) if is_target else None
 
 
 @contextmanager
@@ -101,8 +105,10 @@ def _prepare_to_gather(optimizer: RAdam, shards: Shards, to: int | None) -> dict
 
 
 def _check_target(shards: Shards, to: int) -> None:
-    if not 0 <= to < shards.transport.world_size:
-        raise ValueError(f"to={to}: expected a rank of the group, 0 to {shards.transport.world_size - 1}")
+    ranks = shards.ranks()
+    if to not in ranks:
+        those = f"0 to {len(ranks) - 1}" if ranks == [*range(len(ranks))] else f"one of the global ranks {ranks}"
+        raise ValueError(f"to={to}: expected a rank of the group, {those}")
 
 
 @torch.no_grad()
@@ -121,17 +127,21 @@ def full_state(optimizer: RAdam, shards: Shards, param: Tensor) -> dict[str, Any
 
 
 @torch.no_grad()
-def full_precision_state_dict(optimizer: RAdam, shards: Shards, model: nn.Module, to: int) -> dict[str, Any] | None:
+def full_precision_state_dict(
+    optimizer: RAdam, shards: Shards, model: nn.Module, to: int | None
+) -> dict[str, Any] | None:
     """Collective: see ShardedRAdam.full_precision_state_dict."""
+    to = shards.ranks()[0] if to is None else to
     follow_groups(optimizer, shards)
     what = f"full_precision_state_dict(to={to}) {shards.when}"
     shards.transport.meeting.attempt(what, lambda: _prepare_masters(optimizer, shards, to))
     masters: dict[Tensor, Tensor] = {}
+    row = shards.row()
     with _together_to_the_end(shards, what):
-        for flat in (flat for flat in shards.flats if flat.is_half):
-            gathered = gather_flat(flat, {"master": flat.state["master"]}, shards.transport, to, _CPU)
+        for flat in (flat for flat in shards.flats if flat.is_half and to in row):
+            gathered = gather_flat(flat, {"master": flat.state["master"]}, shards.transport, row.index(to), _CPU)
             masters |= {p: t["master"] for p, t in zip(flat.params, gathered or [], strict=gathered is not None)}
-        return full_precision(model, masters) if shards.transport.rank == to else None
+        return full_precision(model, masters) if shards.global_rank == to else None
 
 
 def _prepare_masters(optimizer: RAdam, shards: Shards, to: int) -> None:
@@ -191,10 +201,9 @@ def _gather_for_torch(optimizer: RAdam, shards: Shards, on_rank_0: bool) -> Stat
     what = f"state_dict() for torch, with full_state_dict=True, {shards.when}"
     if not on_rank_0:
         return _gather(optimizer, shards, what, None, None, dict) or {}
-    ranks = dist.get_process_group_ranks(shards.transport.group)
-    if 0 not in ranks:
+    if 0 not in shards.ranks():
         return local_state(optimizer, shards)
-    whole = _gather(optimizer, shards, what, ranks.index(0), _CPU, dict)
+    whole = _gather(optimizer, shards, what, 0, _CPU, dict)
     return local_state(optimizer, shards) if whole is None else whole
 
 

@@ -21,6 +21,7 @@ that is slow, and the others wait until the time is over.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from sharded_radam.store.board import Board, StoreLostError, pauses
-from sharded_radam.store.groups import own_group, timeout_of
+from sharded_radam.store.groups import own_group, ranks_of_mesh, timeout_of
 from sharded_radam.store.liveness import Acquaintance, Watch
 from sharded_radam.store.verdicts import agreed, error_of, judge, make_post, name_ranks
 
@@ -55,8 +56,8 @@ _MISSING = (
 )
 
 
-_known: weakref.WeakKeyDictionary[Any, Acquaintance] = weakref.WeakKeyDictionary()
-"""Of the store of a process group: where its ranks listen."""
+_known: weakref.WeakKeyDictionary[Any, dict[str, Acquaintance]] = weakref.WeakKeyDictionary()
+"""Of the store of a process group, by places in it: where the ranks listen that meet there."""
 
 
 class Connections:
@@ -121,15 +122,37 @@ class Meeting:
         if not dist.is_available() or not dist.is_initialized():
             return Meeting(None, 0, 1, 0.0)
         group = own_group(group)
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        store = dist.distributed_c10d._get_process_group_store(group)
+        return Meeting._at(store, "", dist.get_rank(group), dist.get_world_size(group), group)
+
+    @staticmethod
+    def of_mesh(mesh: Any) -> Meeting:
+        """All ranks of a DeviceMesh, whatever their order in it, and whatever its process groups are.
+
+        Ranks are counted in increasing order.
+
+        Raises:
+            TypeError: it is no mesh.
+            ValueError: this process is not in it.
+        """
+        ranks = ranks_of_mesh(mesh)
+        if len(ranks) == dist.get_world_size():
+            return Meeting.of(None)
+        place = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        store = dist.distributed_c10d._get_default_store()
+        world = own_group(None)
+        return Meeting._at(store, f"/{place}", ranks.index(dist.get_rank()), len(ranks), world)
+
+    @staticmethod
+    def _at(store: Any, place: str, rank: int, world_size: int, group: dist.ProcessGroup) -> Meeting:
         # The fake backend has one process that plays one of its ranks.
         if world_size == 1 or dist.get_backend(group) == "fake":
             return Meeting(None, rank, world_size, 0.0)
-        store = dist.distributed_c10d._get_process_group_store(group)
-        prefixed = cast("Any", dist).PrefixStore("sharded_radam/meeting", store)
-        meeting = Meeting(prefixed, rank, world_size, timeout_of(group), _known.get(store))
+        prefixed = cast("Any", dist).PrefixStore(f"sharded_radam/meeting{place}", store)
+        known = _known.setdefault(store, {})
+        meeting = Meeting(prefixed, rank, world_size, timeout_of(group), known.get(place))
         assert meeting._known is not None
-        _known[store] = meeting._known
+        known[place] = meeting._known
         with suppress(StoreLostError):  # will be raised when they meet
             meeting._known.arrive()
         return meeting

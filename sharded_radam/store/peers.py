@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sharded_radam.compat import own_connection
 from sharded_radam.store.board import Board
-from sharded_radam.store.groups import own_group
+from sharded_radam.store.groups import Groups, own_group
 from sharded_radam.store.liveness import Acquaintance
 
 
@@ -39,14 +39,18 @@ _lines: weakref.WeakKeyDictionary[Any, dict[str, Line]] = weakref.WeakKeyDiction
 """Of a default store, by ranks."""
 
 
-def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
-    """The ranks of a group, None for the default one, among all processes.
+def ranks_of(group: dist.ProcessGroup | Groups | None) -> list[int]:
+    """The ranks of a group, None for the default one, or of all groups of a mesh, among all processes.
 
     Raises:
         RuntimeError: the group has been destroyed, and there were several ranks in it.
     """
     if not dist.is_available():
         return [0]
+    if isinstance(group, Groups):
+        if group.rows and dist.is_initialized():
+            return sorted(rank for row in group.rows for rank in row)
+        group = group.shard
     if dist.is_initialized():
         with suppress(KeyError):  # of a group that was destroyed, perhaps before another one was made
             return dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else own_group(group))
@@ -67,8 +71,8 @@ class Peers:
     line: Line | None
 
     @staticmethod
-    def of(group: dist.ProcessGroup | None) -> Peers:
-        """The ranks of a group (None: the default one, or this process alone where there is none)."""
+    def of(group: dist.ProcessGroup | Groups | None) -> Peers:
+        """The ranks of a group (None: the default one, or this process alone where there is none), or of a mesh."""
         ranks = ranks_of(group)
         if len(ranks) == 1:
             return Peers(0, 1, None)

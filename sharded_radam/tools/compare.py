@@ -15,8 +15,9 @@ gradients
 =====================  ==========  =========  ==================  =======  =================  ================
 
 An all-reduce brings ``2 (N-1)/N`` of what is reduced, by a ring; an all-gather or a reduce-scatter half of that.
-ShardedRAdam has masters for half precision only. DDP has ``gradient_as_bucket_view=True``, otherwise its gradients
-exist twice. Activations are nobody's.
+ShardedRAdam has masters for half precision only. With R copies of its state, its state and the parameters that it
+receives are those of N/R ranks, and the last row receives ``2 (n c R/N) (R-1)/R`` more: replicas average their shards.
+DDP has ``gradient_as_bucket_view=True``, otherwise its gradients exist twice. Activations are nobody's.
 
 .. [1] ``ZeroRedundancyOptimizer(RAdam, parameters_as_bucket_view=True)`` of torch 2.13: whole parameters, the largest
    first, each to the rank with the least.
@@ -49,25 +50,27 @@ def estimates(
     transport: str = "native",
     device: str = "cuda",
     bandwidth: Bandwidth | None = None,
+    replicas: int = 1,
 ) -> list[Estimate]:
     """ShardedRAdam with and without ``shard_gradients``, beside the others, for parameters that all have gradients.
 
     Args:
         params: as in ``make_plan``.
-        world_size: number of ranks.
+        world_size: number of ranks, in all.
         bucket_cap_mb: size of a bucket of ShardedRAdam in MiB; as by default if None.
         transport: of ShardedRAdam, one of ``TRANSPORTS``.
         device: of the parameters; on "cpu" ShardedRAdam is fused, elsewhere foreach, as the others are.
         bandwidth: for times.
+        replicas: copies of ShardedRAdam's state; the others shard over all ranks.
     """
-    plan = make_plan(params, world_size, bucket_cap_mb)
+    plan = make_plan(params, world_size // replicas, bucket_cap_mb)
     found = [
         _replicated(params, world_size),
         _zero_1(params, world_size),
         _zero_2(params, world_size),
         _fsdp(params, world_size),
-        estimate_ours(plan, world_size, transport, device, shard_gradients=False),
-        estimate_ours(plan, world_size, transport, device, shard_gradients=True),
+        estimate_ours(plan, world_size, transport, device, shard_gradients=False, replicas=replicas),
+        estimate_ours(plan, world_size, transport, device, shard_gradients=True, replicas=replicas),
     ]
     return [_timed(row, bandwidth) if bandwidth else row for row in found]
 

@@ -115,6 +115,25 @@ def advice(machines: Sequence[dict[str, Any]], all_versions: Sequence[dict[str, 
     return found
 
 
+def mesh(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ``make_mesh`` would make of the ranks: rows and columns, None if there is no such mesh; and what follows.
+
+    Args:
+        machines: of all ranks, as ``machine`` has them.
+    """
+    hosts = [of["host"] for of in machines]
+    counts = Counter(hosts)
+    per_host = counts[hosts[0]]
+    if len(counts) == 1:
+        return {"shape": [1, per_host], "reason": "one host: make_mesh() shards the state over all ranks"}
+    in_order = [host for host in counts for _ in range(per_host)]
+    if hosts != in_order:
+        those = ", ".join(f"{count} on {host}" for host, count in counts.items())
+        return {"shape": None, "reason": f"hosts have different numbers of ranks, or these are mixed ({those})"}
+    text = "mesh=make_mesh(device_type) shards the state within each host, and replicates it across hosts"
+    return {"shape": [len(counts), per_host], "reason": text}
+
+
 # Whether it works
 
 

@@ -51,6 +51,7 @@ def _doctor(options: Any) -> int:
             "hosts": machines,
             "environment": {name: os.environ[name] for name in diagnosis.VARIABLES if name in os.environ},
             "transport": {"name": transport.name, "reason": transport.reason},
+            "mesh": diagnosis.mesh(machines),
             "engine": {"name": engine, "reason": ENGINES[engine]},
             "checks": checks,
             "bandwidth": bandwidth,
@@ -79,6 +80,8 @@ def _lines(result: dict[str, Any], machines: Sequence[dict[str, Any]]) -> list[s
     lines += [f"{name}={value}" for name, value in result["environment"].items()]
     for what in ("transport", "engine"):
         lines.append(f"{what} {result[what]['name']}: {result[what]['reason']}")
+    mesh = result["mesh"]
+    lines.append(f"mesh {' x '.join(map(str, mesh['shape'])) if mesh['shape'] else 'none'}: {mesh['reason']}")
     rates = {name: rate for name, rate in result["bandwidth"].items() if rate is not None}
     lines += [
         "",

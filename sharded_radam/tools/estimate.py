@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sharded_radam.dtypes import HALF_DTYPES
 from sharded_radam.plan import ShardPlan
 from sharded_radam.radam import CPU_CHUNK_NUMEL
-from sharded_radam.tools.layout import bytes_of, bytes_received, dtype_of, others, state_itemsize
+from sharded_radam.tools.layout import averaged_bytes, bytes_of, bytes_received, dtype_of, others, state_itemsize
 from sharded_radam.transport import REDUCERS
 
 OURS, OURS_SHARDED = "DDP + ShardedRAdam", "ShardedRAdam, shard_gradients"
@@ -68,9 +68,16 @@ def foreach_bytes(param_bytes: int) -> int:
 
 
 def estimate_ours(
-    plan: ShardPlan, world_size: int, transport: str = "native", device: str = "cuda", *, shard_gradients: bool
+    plan: ShardPlan,
+    world_size: int,
+    transport: str = "native",
+    device: str = "cuda",
+    *,
+    shard_gradients: bool,
+    replicas: int = 1,
 ) -> Estimate:
     """ShardedRAdam alone; arguments as in ``estimates``, which has its times too."""
+    shard_size = world_size // replicas
     parameters = moments = masters = shards = update = 0
     bucket = native_bucket = temporaries = 0
     for flat in plan.flats:
@@ -86,22 +93,25 @@ def estimate_ours(
             update += local * (2 * size + gradient_size + 4 * state_size)
         else:
             update += local * state_size * FOREACH_TRAVERSALS + local * (2 * size if state_size != size else 0)
-            chunk = CPU_CHUNK_NUMEL if device == "cpu" else flat.bucket_numel // world_size
+            chunk = CPU_CHUNK_NUMEL if device == "cpu" else flat.bucket_numel // shard_size
             temporaries = max(temporaries, 3 * state_size * min(chunk, local))
         bucket = max(bucket, flat.bucket_numel * size)
         native_bucket = max(native_bucket, flat.bucket_numel * state_size)
-    received_gradients, received_parameters = bytes_received(plan, transport)
+    received_gradients, received_parameters = bytes_received(plan, transport, replicas)
     if not shard_gradients:
         gradients = bytes_of(plan.params)
         memory = Memory(parameters, gradients, moments, masters, temporaries=temporaries)
         all_reduced = 2 * others(gradients, world_size)
         return Estimate(OURS, memory, all_reduced, received_parameters, update)
-    name = transport.split(",")[0] if world_size > 1 else "none"
+    kind = transport.split(",")[0]
+    name = kind if shard_size > 1 else "none"
     slots = REDUCERS[name].num_slots * (native_bucket if name == "native" else bucket)
+    if kind != "native":  # replicas are on several hosts, as a rule
+        slots += REDUCERS["gloo"].num_slots * max(averaged_bytes(plan, replicas, at_once=True), default=0)
     # What backward has produced, and no bucket holds yet.
     waiting = 2 * bucket + max((param.numel * param.dtype.itemsize for param in plan.params), default=0)
     waiting = min(waiting, bytes_of(plan.params))
     if transport == "shared_memory, share_parameters":
-        parameters //= world_size
+        parameters //= shard_size
     memory = Memory(parameters, shards, moments, masters, slots, max(temporaries, waiting))
     return Estimate(OURS_SHARDED, memory, received_gradients, received_parameters, update)

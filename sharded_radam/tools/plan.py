@@ -33,6 +33,7 @@ def add_to(topics: Any) -> None:
         "a config.json of Hugging Face, or a number of elements: 124e6, 7B",
     )
     add("--world-size", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of ranks")
+    add("--replicas", type=int, default=1, metavar="R", help="copies of ShardedRAdam's state: rows of its mesh")
     add("--dtype", choices=sorted(DTYPES), help="of all parameters, instead of the model's own")
     add("--device", choices=["cpu", "cuda"], default="cuda", help="fused on cpu, foreach on cuda; default: cuda")
     add("--bucket-cap-mb", type=float, metavar="MIB", help="default: 25 on cpu; 4 a rank on cuda, but from 64 to 256")
@@ -53,12 +54,16 @@ def add_to(topics: Any) -> None:
 def _plan(options: Any) -> int:
     if min(options.world_size) < 1:
         raise ValueError(f"--world-size {min(options.world_size)}: expected at least 1")
+    for world_size in (*options.world_size, *([options.simulate] if options.simulate else ())):
+        if options.replicas < 1 or world_size % options.replicas:
+            raise ValueError(f"--replicas {options.replicas}: expected at least 1, and a divisor of {world_size} ranks")
     if options.bucket_cap_mb is not None and not options.bucket_cap_mb > 0:
         raise ValueError(f"--bucket-cap-mb {options.bucket_cap_mb}: expected a size in MiB above 0")
     params = read_model(options.model, DTYPES.get(options.dtype), options.device)
     transport = options.transport or ("shared_memory" if options.device == "cpu" else "native")
     bandwidth = _bandwidth(options)
-    layouts = [layout(params, world_size, options.bucket_cap_mb) for world_size in options.world_size]
+    sizes, replicas = options.world_size, options.replicas
+    layouts = [layout(params, world_size, options.bucket_cap_mb, replicas) for world_size in sizes]
     rows = [
         estimates(
             params,
@@ -67,10 +72,11 @@ def _plan(options: Any) -> int:
             transport=transport,
             device=options.device,
             bandwidth=bandwidth,
+            replicas=replicas,
         )
-        for world_size in options.world_size
+        for world_size in sizes
     ]
-    checks = simulate(params, options.simulate, options.bucket_cap_mb) if options.simulate else []
+    checks = simulate(params, options.simulate, options.bucket_cap_mb, replicas) if options.simulate else []
     lines = [_title(params)]
     for found, estimated in zip(layouts, rows, strict=True):
         lines += ["", *_table(found, estimated, transport)]
@@ -104,7 +110,8 @@ def _title(params: Sequence[ParamSpec]) -> str:
 
 
 def _table(found: Layout, rows: Sequence[Estimate], transport: str) -> list[str]:
-    ranks = f"{found.world_size} rank{'s' if found.world_size > 1 else ''}, MiB per rank"
+    mesh = f" as {found.replicas} x {found.world_size // found.replicas}" if found.replicas > 1 else ""
+    ranks = f"{found.world_size} rank{'s' if found.world_size > 1 else ''}{mesh}, MiB per rank"
     head = [ranks, "parameters", "gradients", "moments", "masters", "buckets", "peak", "received a step"]
     timed = rows[0].milliseconds is not None
     cells = [[*head, *(["ms a step"] if timed else [])]]

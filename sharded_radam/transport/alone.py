@@ -20,13 +20,20 @@ class Alone(Transport):
 
     name = "none"
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        meeting: Meeting | None = None,
+        names: Sequence[int] = (0,),
+    ) -> None:
         self.group = group  # type: ignore[assignment]
         self.device = device
         self.rank = 0
         self.world_size = 1
         self.meter = Meter(device)
-        self.meeting = Meeting(None, 0, 1, 0.0)
+        self.meeting = meeting or Meeting(None, 0, 1, 0.0)
+        self.names = names
 
     def count(self, kind: str, bucket: Tensor) -> None:
         pass

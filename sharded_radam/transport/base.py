@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sharded_radam.store.meeting import Meeting
 from sharded_radam.store.verdicts import LostError, is_agreed
+from sharded_radam.transport.averages import Averages, ReducedAverages
+from sharded_radam.transport.everyone import Everyone
 from sharded_radam.transport.meter import Meter
 from sharded_radam.transport.reducers import Reducer
 
@@ -88,19 +90,37 @@ class Transport(ABC):
     ``rank`` and ``world_size`` are those of the group, whose backend moves tensors of ``device``. Tensors are
     contiguous, and travel as bytes: any dtype does. ``reason`` says why it is this transport, ``operation`` what the
     optimizer does; the same words on every rank.
+
+    Args:
+        group: the shard group.
+        device: of the tensors.
+        meeting: where all ranks of a mesh meet, those of other shard groups too; that of the group if None.
+        names: what the ranks of the group are called there; as in the group if None.
+
+    ``replicas`` is between the ranks that hold the same shard; None if this one's is the only copy.
     """
 
     name: str
     reason = ""
     operation = "building ShardedRAdam"
+    replicas: Transport | None = None
+    is_second = False
+    """Whether it is another one's ``replicas``: then it raises LostError for who uses it, who tells all ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        meeting: Meeting | None = None,
+        names: Sequence[int] | None = None,
+    ) -> None:
         self.group = group
         self.device = device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.meter = Meter(device)
-        self.meeting = Meeting.of(group)
+        self.meeting = meeting or Meeting.of(group)
+        self.names = names or range(self.world_size)
         self._late_checks = _LateChecks()
 
     def copy(self) -> Transport:
@@ -108,7 +128,19 @@ class Transport(ABC):
         new = copy(self)
         new.meter = Meter(self.device)
         new.meter.times_phases = self.meter.times_phases
+        if self.replicas is not None:
+            new.add_replicas(copy(self.replicas))
         return new
+
+    def add_replicas(self, replicas: Transport) -> None:
+        """Have a transport between the ranks that hold the same shard, of the same meeting."""
+        self.replicas = replicas
+        replicas.is_second, replicas.meter = True, self.meter
+
+    @property
+    def everyone(self) -> Transport | Everyone:
+        """All ranks, for what must be equal on all replicas too."""
+        return self if self.replicas is None else Everyone(self, self.replicas)
 
     @property
     def has_one_copy(self) -> bool:
@@ -127,11 +159,21 @@ class Transport(ABC):
         try:
             yield
         except Exception as error:  # whatever it is, the others must not wait for this rank
-            if self.world_size == 1 or is_agreed(error):
+            if self.meeting.world_size == 1 or is_agreed(error):
                 raise
             self.fail(error)
         finally:
             self.operation = before
+
+    @contextmanager
+    def losing_ranks(self) -> Iterator[None]:
+        """Whoever loses a rank in here hears in the meeting why."""
+        try:
+            yield
+        except LostError as error:
+            if is_agreed(error):
+                raise
+            self.fail(error)
 
     def fail(self, problem: Exception) -> NoReturn:
         """Raise on all ranks, as soon as they come or wait for this one, what keeps it from going on."""
@@ -140,16 +182,21 @@ class Transport(ABC):
 
     def lose(self, rank: int | None, error: Exception) -> NoReturn:
         """Raise on all ranks that the backend could not reach a rank (None: it does not say which)."""
-        who = "a rank" if rank is None else f"rank {rank}"
+        who = "a rank" if rank is None else f"rank {self.names[rank]}"
         self.break_up()
+        lost = LostError(f"{who} did not come within {self.meeting.timeout:g} s, or is gone ({error})")
+        if self.is_second:
+            raise lost from error
         try:
-            self.fail(LostError(f"{who} did not come within {self.meeting.timeout:g} s, or is gone ({error})"))
+            self.fail(lost)
         except Exception as verdict:
             raise verdict from error
 
     def summon(self) -> None:
         """Call those who wait for this rank outside of the meeting."""
         self.break_up()
+        if self.replicas is not None:
+            self.replicas.break_up()
 
     def break_up(self) -> None:
         """Let those who wait for this rank in the backend fail now, and not at the time-out. Only Gloo can."""
@@ -190,6 +237,15 @@ class Transport(ABC):
     @abstractmethod
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
         """Collective: a reducer for buckets of these sizes in elements, and dtypes."""
+
+    def averages(self, tensors: Sequence[Tensor], most_numel: int) -> Averages:
+        """What averages 1-D tensors over the ranks, in place, again and again.
+
+        Args:
+            tensors: of ``world_size * ALIGNMENT`` elements, or a multiple of that.
+            most_numel: of what is under way at once.
+        """
+        return ReducedAverages(self, tensors, most_numel)
 
     def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
         """Fill ``bucket`` on rank ``to`` with the shards of all ranks; other ranks pass None."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharded_radam.compat import all_gather_coalesced, all_gather_single, reduce_scatter_single
 from sharded_radam.dtypes import HALF_DTYPES, wide
+from sharded_radam.transport.averages import Averages
 from sharded_radam.transport.base import Handle, Transport, as_bytes
 from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, sum_, typed
 
@@ -54,6 +55,9 @@ class NativeTransport(Transport):
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
         return NativeReducer(self, buckets)
+
+    def averages(self, tensors: Sequence[Tensor], most_numel: int) -> Averages:
+        return NativeAverages(self, tensors)
 
 
 class NativeReducer(Reducer):
@@ -102,3 +106,21 @@ class NativeReducer(Reducer):
 
     def finish(self) -> None:
         self._queue.finish()
+
+
+class NativeAverages(Averages):
+    """The backend's all-reduce, asynchronous: all tensors travel at once."""
+
+    def __init__(self, transport: NativeTransport, tensors: Sequence[Tensor]) -> None:
+        self._transport, self._tensors = transport, tensors
+
+    def average(self, indices: Sequence[int]) -> None:
+        transport, tensors = self._transport, [self._tensors[index] for index in indices]
+        handles = []
+        for tensor in tensors:
+            with transport._losing():
+                work = dist.all_reduce(tensor, group=transport.group, async_op=True)
+            handles.append(Handle(work, tensor, lost=partial(transport.lose, None)))
+        for handle, tensor in zip(handles, tensors, strict=True):
+            handle.wait()
+            tensor.div_(transport.world_size)

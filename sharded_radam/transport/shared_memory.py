@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_radam.store.meeting import Meeting
 from sharded_radam.store.verdicts import LostError
 from sharded_radam.transport.base import Handle, as_bytes
 from sharded_radam.transport.gloo import GlooTransport
@@ -52,14 +52,21 @@ class SharedMemoryTransport(GlooTransport):
         device: the CPU.
         signals: connections to the other ranks.
         share_parameters: one flat for all ranks.
+        meeting, names: as for Transport.
     """
 
     name = "shared_memory"
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, signals: Signals, share_parameters: bool
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        signals: Signals,
+        share_parameters: bool,
+        meeting: Meeting | None = None,
+        names: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(group, device)
+        super().__init__(group, device, meeting, names)
         self.signals = signals
         self.meeting.connections = signals
         self.share_parameters = share_parameters
@@ -69,7 +76,7 @@ class SharedMemoryTransport(GlooTransport):
 
     @property
     def has_one_copy(self) -> bool:
-        return self.share_parameters
+        return self.share_parameters and self.replicas is None
 
     @property
     def restarted(self) -> int:
@@ -167,14 +174,6 @@ class SharedMemoryTransport(GlooTransport):
         with self.losing_ranks():
             self.signals.barrier(mark)
 
-    @contextmanager
-    def losing_ranks(self) -> Iterator[None]:
-        """Whoever loses a rank in here hears in the meeting why."""
-        try:
-            yield
-        except LostError as error:
-            self.fail(error)
-
     # All else: ranks write it onto their slates, and read each other's.
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -225,7 +224,9 @@ class SharedMemoryTransport(GlooTransport):
             self._barrier(_SEEN)
 
     def summon(self) -> None:
-        """Nobody waits in Gloo."""
+        """Nobody waits in Gloo, but replicas."""
+        if self.replicas is not None:
+            self.replicas.break_up()
 
     def reducer(self, buckets: Sequence[tuple[int, torch.dtype]]) -> Reducer:
         return SharedMemoryReducer(self, self.map(max(1, SLOTS * Reducer.slot_bytes(buckets))))

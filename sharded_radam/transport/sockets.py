@@ -14,7 +14,7 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,16 @@ class Signals(Connections):
     together then.
     """
 
-    def __init__(self, rank: int, connections: dict[int, socket.socket], timeout: float, key: str) -> None:
+    def __init__(
+        self,
+        rank: int,
+        connections: dict[int, socket.socket],
+        timeout: float,
+        key: str,
+        names: Sequence[int] | None = None,
+    ) -> None:
         self.rank = rank
+        self._names = names or range(len(connections) + 1)
         self.key = key
         self.sent = 0
         self._connections = connections
@@ -88,10 +96,11 @@ class Signals(Connections):
             raise apart
 
     def _apart(self, rank: int, mark: int, expected: int) -> LostError:
+        other, own = self._names[rank], self._names[self.rank]
         return LostError(
-            f"rank {rank} is doing something else than rank {self.rank} (mark {mark}, expected {expected}): between "
-            "two steps all ranks must run the same number of backward passes, and call step(), zero_grad(), "
-            "grad_norm() and clip_grad_norm_() in the same order"
+            f"rank {other} is doing something else than rank {own} (mark {mark}, expected {expected}): between two "
+            "steps all ranks must run the same number of backward passes, and call step(), zero_grad(), grad_norm() "
+            "and clip_grad_norm_() in the same order"
         )
 
     def barrier(self, mark: int) -> None:
@@ -101,7 +110,7 @@ class Signals(Connections):
     def gone(self) -> str | None:
         hung_up = select.POLLHUP | select.POLLRDHUP | select.POLLERR
         closed = (rank for rank, connection in self._connections.items() if _events(connection) & hung_up)
-        return next((str(_gone(rank)) for rank in closed), None)
+        return next((str(self._gone(rank)) for rank in closed), None)
 
     def is_ahead(self) -> bool:
         for rank, connection in self._connections.items():
@@ -127,13 +136,19 @@ class Signals(Connections):
         except OSError as error:
             raise self._lost(rank, error) from error
         if not received:
-            raise _gone(rank)
+            raise self._gone(rank)
         return received
 
     def _lost(self, rank: int, error: OSError) -> LostError:
         if isinstance(error, TimeoutError):
-            return LostError(f"rank {rank} did not come within the process group's time-out of {self._timeout:g} s")
-        return _gone(rank)
+            name = self._names[rank]
+            return LostError(f"rank {name} did not come within the process group's time-out of {self._timeout:g} s")
+        return self._gone(rank)
+
+    def _gone(self, rank: int) -> LostError:
+        return LostError(
+            f"rank {self._names[rank]} is gone: it ended, was killed, or failed before (its own error says why)"
+        )
 
     def exchange(self, descriptor: int | None, take: Callable[[int, int], None]) -> None:
         """Collective: give a file descriptor, or none, to all others, and take theirs, one at a time.
@@ -156,7 +171,10 @@ class Signals(Connections):
             for received in self._descriptors(rank, connection):
                 try:
                     if received is None:  # the system drops what there is no room for
-                        raise OSError(errno.EMFILE, f"the file descriptor of rank {rank}: {os.strerror(errno.EMFILE)}")
+                        raise OSError(
+                            errno.EMFILE,
+                            f"the file descriptor of rank {self._names[rank]}: {os.strerror(errno.EMFILE)}",
+                        )
                     take(rank, received)
                 except (OSError, RuntimeError) as error:
                     problem = problem or error
@@ -173,7 +191,7 @@ class Signals(Connections):
         except OSError as error:
             raise self._lost(rank, error) from error
         if not message:
-            raise _gone(rank)
+            raise self._gone(rank)
         return [*descriptors] or ([None] if message == b"d" else [])
 
     def close(self) -> None:
@@ -191,14 +209,12 @@ def _events(connection: socket.socket) -> int:
     return next((events for _, events in poll.poll(0)), 0)
 
 
-def _gone(rank: int) -> LostError:
-    return LostError(f"rank {rank} is gone: it ended, was killed, or failed before (its own error says why)")
-
-
 Gather = Callable[[object], list[Any]]
 
 
-def connect(rank: int, world_size: int, gather: Gather, timeout: float) -> Signals | str:
+def connect(
+    rank: int, world_size: int, gather: Gather, timeout: float, names: Sequence[int] | None = None
+) -> Signals | str:
     """Collective: connect all ranks.
 
     Args:
@@ -206,6 +222,7 @@ def connect(rank: int, world_size: int, gather: Gather, timeout: float) -> Signa
         world_size: number of ranks.
         gather: returns every rank's object.
         timeout: of the process group, in seconds.
+        names: what the ranks are called in errors.
 
     Returns:
         The connections, or, on every rank, why there are none.
@@ -241,7 +258,7 @@ def connect(rank: int, world_size: int, gather: Gather, timeout: float) -> Signa
                 for connection in connections.values():
                     connection.close()
                 return str(problems[0])
-    return Signals(rank, dict(sorted(connections.items())), timeout, heard[0][1])
+    return Signals(rank, dict(sorted(connections.items())), timeout, heard[0][1], names)
 
 
 def _host() -> tuple[str, int, int] | None:

@@ -28,6 +28,7 @@ def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["ranks"], found["device"]) == (1, "cpu")
     assert found["transport"] == {"name": "none", "reason": "torch.distributed is not initialised"}
     assert found["engine"]["name"] == "fused"
+    assert found["mesh"]["shape"] == [1, 1]
     assert found["checks"] == dict.fromkeys(CHECKS, "ok")
     assert found["bandwidth"]["all_gather"] is None
     assert min(found["bandwidth"]["memcpy"], found["bandwidth"]["update"]) > 1e6
@@ -69,6 +70,19 @@ def test_text_and_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"saves and loads in {tmp_path / 'file'}: ranks [0]: FileExistsError" in text
     assert "engine fused: the default on CPU: one pass over memory" in text
     assert f"torch {torch.__version__}" in text
+
+
+def test_the_mesh_of_hosts() -> None:
+    def shape(hosts: str) -> list[int] | None:
+        found: list[int] | None = diagnosis.mesh([{"host": host} for host in hosts])["shape"]
+        return found
+
+    assert shape("aaa") == [1, 3]
+    assert shape("aabb") == [2, 2]
+    assert shape("abc") == [3, 1]
+    assert shape("aab") is None
+    assert shape("abab") is None
+    assert diagnosis.mesh([{"host": "a"}, {"host": "a"}, {"host": "b"}])["reason"].endswith("(2 on a, 1 on b)")
 
 
 class Wrong(ShardedRAdam):

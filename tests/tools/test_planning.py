@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_radam import ShardedRAdam
@@ -37,20 +38,22 @@ def by_name(params: list[ParamSpec], world_size: int, **options: Any) -> dict[st
     return {row.optimizer: row for row in estimates(params, world_size, **options)}
 
 
-def check_ours(_rank: int, world_size: int, folder: str) -> None:
+def check_ours(_rank: int, world_size: int, folder: str, replicas: int) -> None:
+    mesh = init_device_mesh("cpu", (replicas, world_size // replicas)) if replicas > 1 else None
     for dtype in DTYPES:
         for transport in ("native", "gloo", "shared_memory"):
             for shard_gradients in (False, True):
                 params = make_params(dtype)
                 optimizer = ShardedRAdam(
-                    params, bucket_cap_mb=CAP, transport=transport, shard_gradients=shard_gradients
+                    params, bucket_cap_mb=CAP, transport=transport, shard_gradients=shard_gradients, mesh=mesh
                 )
                 set_grads(params, 1)
                 optimizer.step()
                 found = optimizer.stats()
                 specs = describe(optimizer.param_groups, 0, False)[1]
-                planned = layout(specs, world_size, CAP)
-                rows = by_name(specs, world_size, bucket_cap_mb=CAP, transport=transport, device="cpu")
+                planned = layout(specs, world_size, CAP, replicas)
+                options: dict[str, Any] = {"bucket_cap_mb": CAP, "device": "cpu", "replicas": replicas}
+                rows = by_name(specs, world_size, transport=transport, **options)
                 row = rows[OURS_SHARDED if shard_gradients else OURS]
                 memory = row.memory
                 assert memory.moments + memory.masters == found.state_bytes
@@ -60,7 +63,8 @@ def check_ours(_rank: int, world_size: int, folder: str) -> None:
                 assert row.parameters_received == found.received_bytes.get("all_gather", 0)
                 if shard_gradients:
                     assert (memory.gradients, memory.buckets) == (found.gradient_bytes, found.bucket_bytes)
-                    assert row.gradients_received == found.received_bytes.get("reduce_scatter", 0)
+                    received = [found.received_bytes.get(kind, 0) for kind in ("reduce_scatter", "average")]
+                    assert row.gradients_received == sum(received)
                     assert planned.received[transport] == (row.gradients_received, row.parameters_received)
         path = Path(folder) / str(dtype)
         optimizer.save(path)
@@ -73,9 +77,9 @@ def check_ours(_rank: int, world_size: int, folder: str) -> None:
             assert planned.chunks == real
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_figures_are_those_of_the_optimizer(world_size: int, tmp_path: Path) -> None:
-    run(check_ours, world_size, str(tmp_path))
+@pytest.mark.parametrize(("world_size", "replicas"), [*((size, 1) for size in WORLD_SIZES), (2, 2), (3, 3), (4, 2)])
+def test_figures_are_those_of_the_optimizer(world_size: int, replicas: int, tmp_path: Path) -> None:
+    run(check_ours, world_size, str(tmp_path), replicas)
 
 
 def check_peers(_rank: int, world_size: int) -> dict[str, int]:
@@ -238,9 +242,11 @@ def test_simulation_with_an_older_torch(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @needs_fake_collectives
-@pytest.mark.parametrize("world_size", [2, 3, 64, 4096])
-def test_simulation_agrees(world_size: int) -> None:
-    checks = simulate(MIXED, world_size, CAP)
+@pytest.mark.parametrize(
+    ("world_size", "replicas"), [(2, 1), (3, 1), (64, 1), (4096, 1), (4, 4), (6, 3), (64, 8), (4096, 512)]
+)
+def test_simulation_agrees(world_size: int, replicas: int) -> None:
+    checks = simulate(MIXED, world_size, CAP, replicas)
     assert [check for check in checks if not check.agrees] == []
     assert {check.rank for check in checks} == {0, world_size // 2, world_size - 1}
     assert len(checks) == 16 * len({check.rank for check in checks})
@@ -248,8 +254,8 @@ def test_simulation_agrees(world_size: int) -> None:
 
 @needs_fake_collectives
 def test_simulation_can_disagree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def wrong(params: list[ParamSpec], world_size: int, bucket_cap_mb: float) -> Any:
-        return layout([*params, spec(64, "more")], world_size, bucket_cap_mb)
+    def wrong(params: list[ParamSpec], *others: Any) -> Any:
+        return layout([*params, spec(64, "more")], *others)
 
     monkeypatch.setattr(simulation, "layout", wrong)
     assert main(["plan", "1000", "--simulate", "2"]) == 1

@@ -187,7 +187,10 @@ def check_sub_groups(rank: int, world_size: int) -> None:
                 optimizer.step()
         assert_same(ours, theirs)
         assert sharded._shards.transport.world_size == len(members)
-        saved = sharded.consolidate_state_dict(to=len(members) - 1)
+        with pytest.raises(ValueError, match=r"to=7: expected a rank of the group"):
+            sharded.consolidate_state_dict(to=7)
+        assert (sharded.consolidate_state_dict() is not None) == (rank == members[0])
+        saved = sharded.consolidate_state_dict(to=members[-1])
         assert (saved is not None) == (rank == members[-1])
         if saved is not None:
             assert torch.equal(saved["state"][1]["exp_avg"], radam.state[theirs[1]]["exp_avg"])
