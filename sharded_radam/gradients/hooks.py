@@ -81,10 +81,13 @@ class Hooks:
             hook.owner = self._owner
         return hook
 
-    def is_of_another(self, key: SlotKey) -> bool:
-        """Whether a gradient goes to another owner."""
-        hook = self._hooks.get(key)
-        return hook is not None and hook.owner() not in (self._owner(), None)
+    def of_others(self) -> list[SlotKey]:
+        """Whose gradients go to another owner."""
+        return [
+            key
+            for key, hook in self._hooks.items()
+            if hook.owner is not self._owner and hook.owner() not in (self._owner(), None)
+        ]
 
     def leave(self) -> None:
         """Remove the own hooks, also of parameters that stay: their keys will be others, and some are frozen now."""

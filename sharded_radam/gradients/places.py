@@ -55,6 +55,10 @@ class Places:
         """All parameters, flat by flat in the order of their slots."""
         return self._all
 
+    def param(self, key: SlotKey) -> Tensor:
+        """The parameter of a slot."""
+        return self._at[key][0]
+
     def shard(self, key: SlotKey) -> GradShard:
         """The shard of a slot's gradient."""
         return self.shards[key[0]][key[1]]

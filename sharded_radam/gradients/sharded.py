@@ -249,8 +249,8 @@ class ShardedGradients:
         self.sums.finish()
 
     def _check_owner(self) -> None:
-        for key, param in self.params():
-            if param.grad is not None and self._hooks.is_of_another(key):
+        for key in self._hooks.of_others():
+            if self.places.param(key).grad is not None:
                 raise RuntimeError(
                     f"the gradient of '{self.places.shard(key).spec.name}' is sharded by another optimizer: the one "
                     "that was built last, or whose zero_grad() was called last. Expected: zero_grad() of the optimizer "
