@@ -137,14 +137,14 @@ def other_rows(dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
             step: Step = module("apex.optimizers").FusedAdam(params, lr=LR, adam_w_mode=False, **masters).step
             return step
 
-        def eight_bit(bits: int, params: list[Parameter]) -> Step:
+        def bitsandbytes(bits: int, params: list[Parameter]) -> Step:
             step: Step = module("bitsandbytes").optim.Adam(params, lr=LR, optim_bits=bits).step
             return step
 
         wide, without = (28, "") if dtype == torch.float32 else (22, ", no masters")
         yield Row("Apex FusedAdam", apex, 28, package="amp_C")
-        yield Row(f"bitsandbytes Adam, 32 bit{without}", partial(eight_bit, 32), wide, package="bitsandbytes")
-        yield Row(f"bitsandbytes Adam, 8 bit{without}", partial(eight_bit, 8), wide - 12, package="bitsandbytes")
+        yield Row(f"bitsandbytes Adam, 32 bit{without}", partial(bitsandbytes, 32), wide, package="bitsandbytes")
+        yield Row(f"bitsandbytes Adam, 8 bit{without}", partial(bitsandbytes, 8), wide - 12, package="bitsandbytes")
 
 
 def captured(step: Step) -> Step:

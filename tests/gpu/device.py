@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from sharded_radam.compat import ALL_GATHER, REDUCE_SCATTER
 from sharded_radam.dtypes import wide
+from sharded_radam.transport import native
 from tests.cases import make_params, set_grads
 from tests.ranks import DEVICE
 
@@ -33,7 +33,7 @@ SMALL = 8e-3
 """MiB of a bucket: a few for what these tests train."""
 
 SLEEP_CYCLES = 20_000_000
-"""Ten milliseconds and more: a kernel that does not wait for what comes after them is done long before."""
+"""Ten milliseconds and more: a kernel that does not wait for them runs long before they are over."""
 
 NO_COMPILER = "" if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs g++ or clang++, not here"
 if IS_CUDA:
@@ -106,17 +106,24 @@ class _Deaf:
         pass
 
 
+GATHERS, REDUCTIONS = {"all_gather_single", "all_gather_coalesced"}, {"reduce_scatter_single", "all_to_all_single"}
+"""Of parameters, and of gradients."""
+
+
 @contextmanager
-def late_collectives(waits: bool = True) -> Iterator[None]:
+def late_collectives(waits: bool = True, begun: set[str] | None = None) -> Iterator[None]:
     """Collectives of shards and gradients begin late, and the current stream goes on meanwhile.
 
     Args:
         waits: whether waiting for them does what it should.
+        begun: takes the names of those that there were.
     """
     stream = Stream()
 
-    def late(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def late(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def begin(*args: Any, **options: Any) -> Any:
+            if begun is not None:
+                begun.add(name)
             stream.follow()
             with stream.current():
                 sleep()
@@ -125,8 +132,10 @@ def late_collectives(waits: bool = True) -> Iterator[None]:
 
         return begin
 
-    names = (ALL_GATHER, REDUCE_SCATTER, "all_to_all_single")
-    patches = [mock.patch.object(dist, name, late(getattr(dist, name))) for name in names]
+    patches = []
+    for name in GATHERS | REDUCTIONS:
+        where: Any = native if hasattr(native, name) else dist
+        patches.append(mock.patch.object(where, name, late(name, getattr(where, name))))
     for patch in patches:
         patch.start()
     try:

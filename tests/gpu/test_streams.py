@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 from tests.cases import assert_same
-from tests.gpu.device import GROUPS, Stream, late_collectives, only_cuda
+from tests.gpu.device import GATHERS, GROUPS, REDUCTIONS, Stream, late_collectives, only_cuda
 from tests.gpu.training import train, train_branches
 from tests.ranks import run
 
@@ -24,10 +25,17 @@ MODES: list[tuple[torch.dtype, bool, bool]] = [
 """Dtype, whether gradients are sharded, whether parameters arrive during forward."""
 
 
+def late_step(begun: set[str], _step: int) -> AbstractContextManager[None]:
+    return late_collectives(begun=begun)
+
+
 def check_late(rank: int, _world_size: int) -> None:
     for mode in MODES:
         expected = train(rank, STEPS, *mode)
-        assert_same(train(rank, STEPS, *mode, lambda _: late_collectives()), expected, mode)
+        begun: set[str] = set()
+        assert_same(train(rank, STEPS, *mode, partial(late_step, begun)), expected, mode)
+        assert begun & GATHERS, "the package has others, which this does not know"
+        assert begun & REDUCTIONS or not mode[1], "the package has others, which this does not know"
 
 
 @pytest.mark.parametrize(("backend", "world_size"), GROUPS)
