@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_radam import CheckpointManager, GradScaler, ShardedRAdam, make_mesh
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.state.values import equal
+from sharded_radam.update import update_buckets
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import ends, run
 
@@ -220,6 +221,67 @@ def check_sharded(rank: int, world_size: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sharded_gradients_are_the_mean_over_all_ranks(shape: tuple[int, int]) -> None:
     run(check_sharded, shape[0] * shape[1], shape)
+
+
+def check_order(rank: int, world_size: int, transport: str) -> None:
+    """The first buckets are updated while the last sums are under way; what reads them waits for all."""
+    ours, theirs = make_params(), make_params()
+    options: dict[str, Any] = {"bucket_cap_mb": SMALL, "transport": transport, "check_replicas": 1}
+    sharded = ShardedRAdam(ours, foreach=True, mesh=mesh_of((2, 2)), shard_gradients=True, **options)
+    radam = torch.optim.RAdam(theirs, foreach=True)
+    order: list[str] = []
+
+    def note(what: str, call: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            order.append(what)
+            return call(*args)
+
+        return noted
+
+    def iterate(step: int, between: Any = lambda: None) -> list[str]:
+        for part in range(3):
+            pass_backward(ours, step, part, rank)
+        mean_grads(theirs, step, world_size)
+        order.clear()
+        between()
+        sharded.step()
+        radam.step()
+        sharded.zero_grad()
+        assert_same(ours, theirs)
+        return order
+
+    iterate(0)
+    averages: Any = sharded._shards.gradients.sums._averages  # type: ignore[union-attr]
+    assert len(averages.parts[0]) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averages, "_end", note("end", averages._end))
+        patch.setattr("sharded_radam.step.update_buckets", note("update", update_buckets))
+        assert iterate(1)[:4] == ["end", "update", "update", "end"]
+        assert iterate(2, sharded.grad_norm) == [*sorted(order)]
+
+        def assign() -> None:
+            """Into sums that would be under way: all end before."""
+            for params in (ours, theirs):
+                params[0].grad = torch.full_like(params[0], 0.5)
+
+        assert iterate(3, assign) == sorted(order)
+    # A step that fails between: what is under way ends before anything else is done with the sums.
+    for part in range(3):
+        pass_backward(ours, 4, part, rank)
+    sharded.param_groups[0]["lr"] = 1e-3 * (1 + (rank == 3))
+    with pytest.raises(RuntimeError, match="lr of param group 0 differs"):
+        sharded.step()
+    sharded.param_groups[0]["lr"] = 1e-3
+    mean_grads(theirs, 4, world_size)
+    sharded.step()
+    radam.step()
+    assert_same(ours, theirs)
+    replicas_are_equal(sharded, (2, 2))
+
+
+@pytest.mark.parametrize("transport", ["gloo", "native"])
+def test_replicas_average_while_the_first_buckets_are_updated(transport: str) -> None:
+    run(check_order, 4, transport)
 
 
 def half_results(rank: int, _world_size: int, shape: tuple[int, ...], reduce_dtype: torch.dtype | None) -> Any:
