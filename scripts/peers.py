@@ -118,12 +118,12 @@ def build(peer: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return ZeroRedundancyOptimizer(params, torch.optim.RAdam, parameters_as_bucket_view=True, lr=LR, foreach=True)
 
 
-def start() -> torch.device:
-    """Join torchrun's process group, or make one of one rank; returns the device of this rank."""
+def start(device_type: str | None = None) -> torch.device:
+    """Join torchrun's process group, or make one of one rank; returns this rank's device: a GPU if there is one."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if device_type != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -102,6 +102,11 @@ class Shards:
         if self.arrivals is not None:
             self.arrivals.wait()
 
+    def end_arrivals(self) -> None:
+        """The same, and nobody else waits any more: their memory is about to be written."""
+        if self.arrivals is not None:
+            self.arrivals.end()
+
 
 # Construction
 
@@ -262,7 +267,7 @@ def _compile(groups: Sequence[Mapping[str, Any]], options: Options) -> None:
 @torch.no_grad()
 def adopt(optimizer: RAdam, shards: Shards, draft: Draft) -> None:
     """Collective: lay out parameters as all ranks have agreed; state and gradients move along with them."""
-    shards.wait()
+    shards.end_arrivals()
     old, known = shards.flats + shards.parked, shards.names()
     staying, specs = set(draft.params), dict(zip(draft.params, draft.plan.params, strict=True))
     for flat in shards.flats:

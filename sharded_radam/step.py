@@ -56,7 +56,7 @@ def prepare(optimizer: RAdam, shards: Shards) -> list[list[Cohort]]:
     Returns:
         For each flat, the parameters that take a step, by its number.
     """
-    shards.wait()
+    shards.end_arrivals()
     follow_groups(optimizer, shards)
     if shards.listed_twice:
         raise ValueError(shards.listed_twice)

@@ -38,13 +38,17 @@ STEPS = 13
 """Past the switch of rho_t: with beta2 = 0.999 steps 1 to 5 are unrectified."""
 
 
-def make_params(dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Parameter]:
-    """The same values on every rank and call; beside the shapes, memory orders other than contiguous."""
+def make_params(
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    device: torch.device | str = "cpu",
+) -> list[Parameter]:
+    """The same values on every rank, call and device; beside the shapes, memory orders other than contiguous."""
     generator = torch.Generator().manual_seed(1)
     params = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     params.append(torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64))
     params.append(torch.randn(9, 14, generator=generator, dtype=torch.float64))
-    made = [_as(param, dtype) for param in params]
+    made = [_as(param, dtype).to(device) for param in params]
     made[-2] = made[-2].contiguous(memory_format=torch.channels_last)
     made[-1] = made[-1].t()
     return [Parameter(param) for param in made]
@@ -65,7 +69,7 @@ def set_grads(params: Iterable[Parameter], step: int, missing: Iterable[int] = (
         generator = torch.Generator().manual_seed(1000 * step + index)
         spread = 10 ** torch.randn((), generator=generator, dtype=torch.float64)
         grad = torch.randn(param.shape, generator=generator, dtype=torch.float64) * spread
-        param.grad = None if index in absent else _as(grad, param.dtype)
+        param.grad = None if index in absent else _as(grad, param.dtype).to(param.device)
 
 
 def missing_at(step: int) -> tuple[int, ...]:

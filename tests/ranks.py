@@ -1,4 +1,4 @@
-"""Ranks for tests: a few processes, started once, that run module-level functions as the ranks of a Gloo group."""
+"""Ranks for tests: a few processes, started once, that run module-level functions as the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,9 @@ WORLD_SIZES: tuple[int, ...] = (1, 2, 3, 4)
 _TIMEOUT_S = 120.0
 """Three times what the longest takes on a loaded machine."""
 
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+"""Where the tests of tests/gpu compute, and their ranks: ``cpu`` or ``cuda``."""
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
 """Makes processes that have torch imported, which takes seconds, and little else."""
@@ -36,15 +39,36 @@ class RankError(AssertionError):
     """A function failed on some ranks; the text has their tracebacks."""
 
 
-def _join(store: str, rank: int, world_size: int) -> None:
+def several_ranks_on_one_gpu(rank: int, version: tuple[Any, ...]) -> dict[str, str]:
+    """Variables by which NCCL of a version lets the ranks of a group share a GPU.
+
+    From 2.30 on there is a switch for it. Before, ranks that seem to be on other hosts may; they meet by sockets.
+    Each rank gets few blocks, since the kernels of all wait for each other.
+    """
+    shared = {"NCCL_MAX_CTAS": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    if version >= (2, 30) and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "1") != "0":
+        return {**shared, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NET_GDR_LEVEL": "LOC"}
+    return {**shared, "NCCL_HOSTID": f"rank{rank}", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+
+
+def _join(store: str, rank: int, world_size: int, backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    options: dict[str, Any] = {}
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(0)
+    if backend == "nccl":
+        nccl: Any = torch.cuda.nccl
+        for name, value in several_ranks_on_one_gpu(rank, nccl.version()).items():
+            os.environ.setdefault(name, value)  # it reads them once; a process is always the same rank
+        options["device_id"] = torch.device("cuda", 0)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=dt.timedelta(seconds=30),
+        timeout=dt.timedelta(seconds=30 if DEVICE.type == "cpu" else 60),
+        **options,
     )
     torch.manual_seed(0)
 
@@ -52,29 +76,31 @@ def _join(store: str, rank: int, world_size: int) -> None:
 def _serve(connection: Connection) -> None:
     while True:
         try:
-            function, args, rank, world_size, store = connection.recv()
+            function, args, rank, world_size, store, backend = connection.recv()
         except EOFError:
             return
         try:
-            _join(store, rank, world_size)
+            _join(store, rank, world_size, backend)
             answer = ("ok", function(rank, world_size, *args))
         except BaseException:
             answer = ("error", traceback.format_exc())
         finally:
             if VERSION < (2, 8):
                 time.sleep(0.05)  # Gloo of torch 2.6 hangs if a thread of its own has yet to free a tensor
-            if dist.is_initialized():
+            if dist.is_initialized() and (backend == "gloo" or answer[0] == "ok"):  # NCCL would wait for the others
                 dist.destroy_process_group()
         connection.send(answer)
 
 
-_workers: list[tuple[ForkServerProcess, Connection]] = []
+_workers: list[tuple[ForkServerProcess | SpawnProcess, Connection]] = []
 
 
 def _ensure(world_size: int) -> None:
+    # CUDA cannot be used in a fork of a process that has asked for it, as importing torch's parts may do.
+    context = CONTEXT if DEVICE.type == "cpu" else multiprocessing.get_context("spawn")
     while len(_workers) < world_size:
-        ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         _workers.append((process, ours))
@@ -90,8 +116,10 @@ def stop() -> None:
     _workers.clear()
 
 
-def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = _TIMEOUT_S) -> list[Any]:
-    """Results of ``function(rank, world_size, *args)`` on each rank.
+def run(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = _TIMEOUT_S, backend: str = "gloo"
+) -> list[Any]:
+    """Results of ``function(rank, world_size, *args)`` on each rank of a group with this backend.
 
     Raises:
         RankError: it failed, or did not end in time, on some rank.
@@ -99,13 +127,18 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     _ensure(world_size)
     with tempfile.TemporaryDirectory() as folder:
         for rank, (_, connection) in enumerate(_workers[:world_size]):
-            connection.send((function, args, rank, world_size, str(Path(folder) / "store")))
+            connection.send((function, args, rank, world_size, str(Path(folder) / "store"), backend))
         results, errors = [], []
         for rank, (process, connection) in enumerate(_workers[:world_size]):
             if not connection.poll(timeout):
                 errors.append(f"rank {rank} did not end in {timeout} s (alive: {process.is_alive()})")
                 continue
-            kind, value = connection.recv()
+            try:
+                kind, value = connection.recv()
+            except EOFError:
+                process.join()
+                errors.append(f"rank {rank} has ended, with status {process.exitcode}")
+                continue
             results.append(value)
             if kind == "error":
                 errors.append(f"rank {rank}:\n{value}")
@@ -131,7 +164,7 @@ class End(NamedTuple):
 
 def _end(function: Callable[..., object], rank: int, world_size: int, args: Sequence[object], folder: str) -> None:
     try:
-        _join(f"{folder}/store", rank, world_size)
+        _join(f"{folder}/store", rank, world_size, "gloo")
         function(rank, world_size, *args)
     except BaseException as error:
         Path(folder, f"error{rank}").write_text(f"{type(error).__name__}: {error}")

@@ -17,9 +17,9 @@ SHAPES = [(7, 9), (3,), (50,), (4, 4), (), (129,)]
 class Side:
     """An optimizer with its parameters: ours, or RAdam, to which the same is done."""
 
-    def __init__(self, build: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, build: Callable[..., Any], device: torch.device | str = "cpu", **options: Any) -> None:
         torch.manual_seed(0)
-        self.params = [Parameter(torch.randn(shape)) for shape in SHAPES]
+        self.params = [Parameter(torch.randn(shape).to(device)) for shape in SHAPES]
         groups = [{"params": self.params[:2]}, {"params": self.params[2:], "lr": 0.01, "weight_decay": 0.1}]
         self.optimizer = build(groups, foreach=True, **options)
         self.kept: Any = None
@@ -35,14 +35,17 @@ class Side:
         self.params.append(Parameter(torch.full(shape, 0.3)))
         return self.params[-1]
 
-    def backward(self, seed: int) -> None:
-        """Gradients with few bits, so that their mean over any number of equal ranks is exact."""
+    def loss(self, seed: int) -> Tensor:
+        """One whose gradients have few bits, so that their mean over any number of equal ranks is exact."""
         generator = torch.Generator().manual_seed(seed)
-        grads = [torch.randn(param.shape, generator=generator).bfloat16().float() for param in self.params]
-        self.optimizer.zero_grad()
+        grads = [torch.randn(p.shape, generator=generator).bfloat16().float().to(p.device) for p in self.params]
         used = {param for group in self.groups for param in group["params"]}
         pairs = [(p, g) for p, g in zip(self.params, grads, strict=True) if p in used and p.requires_grad]
-        sum((param * grad).sum() for param, grad in pairs).backward()  # type: ignore[union-attr]
+        return torch.stack([(param * grad).sum() for param, grad in pairs]).sum()
+
+    def backward(self, seed: int) -> None:
+        self.optimizer.zero_grad()
+        self.loss(seed).backward()  # type: ignore[no-untyped-call]
 
     def state_of(self, param: Tensor) -> dict[str, Any]:
         """The whole state of a parameter."""

@@ -41,7 +41,7 @@ def world_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """A group of the fake backend, which takes all collectives and sends nothing; so objects come from here."""
     monkeypatch.setattr(Transport, "all_gather_objects", lambda self, item: [item] * self.world_size)
     # torch's own of these ask the GPU what it can do.
-    monkeypatch.setattr(Transport, "broadcast", lambda self, tensor: None)
+    monkeypatch.setattr(Transport, "broadcast", lambda self, tensor, source=0: None)
     monkeypatch.setattr(Transport, "all_reduce", lambda self, tensor, op: tensor)
     monkeypatch.setattr("sharded_radam.step._is_check_due", lambda *_: False)  # it reads what it compares
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)

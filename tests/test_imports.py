@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 PACKAGE = Path(sharded_radam.__file__).parent
 
 FLOORS = [
-    {"compat", "version", "callers", "dtypes", "plan"},
+    {"compat", "version", "callers", "dtypes", "plan", "streams"},
     {"store", "radam"},
     {"transport", "compiled"},
     {"buckets"},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import io
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from sharded_radam import ShardedRAdam
-from sharded_radam.arrivals import ArrivingParameter
+from sharded_radam.arrivals import Arrivals, ArrivingParameter
 from sharded_radam.transport import Handle
 from tests.cases import assert_same
 from tests.gradients.test_gradients import OPTIONS, SMALL, Training, images, train, unused_on_some_ranks
@@ -71,9 +73,9 @@ class Held:
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
-    def wait(self, *streams: Any) -> None:
+    def wait(self, is_last: bool = True) -> None:
         Held.waited += 1
-        self.handle.wait(*streams)
+        self.handle.wait(is_last)
 
 
 def step_and_hold(optimizer: ShardedRAdam, model: nn.Module) -> None:
@@ -119,9 +121,20 @@ READERS: dict[str, Callable[[nn.Module, ShardedRAdam], object]] = {
     "step": lambda _, optimizer: optimizer.step(),
 }
 
+
+def exchange_gradients(model: nn.Module) -> None:
+    for param in model.parameters():
+        assert param.grad is not None
+        param.grad = grad = param.grad + 1
+        assert param.grad is grad
+        del param.grad
+        assert param.grad is None
+
+
 NOT_READERS: dict[str, Callable[[nn.Module, ShardedRAdam], object]] = {
     "zero_grad": lambda _, optimizer: optimizer.zero_grad(),
     "model.zero_grad": lambda model, _: model.zero_grad(),
+    "grad": lambda model, _: exchange_gradients(model),
     "shape": lambda model, _: [(p.shape, p.dtype, p.device, p.requires_grad) for p in model.parameters()],
     "hash": lambda model, _: dict.fromkeys(model.parameters()),
 }
@@ -175,9 +188,9 @@ def check_threads(rank: int, world_size: int) -> None:
     optimizer.overlap_forward(model)
 
     class Slow(Held):
-        def wait(self, *streams: Any) -> None:
+        def wait(self, is_last: bool = True) -> None:
             time.sleep(0.01)
-            super().wait(*streams)
+            super().wait(is_last)
 
     for _ in range(3):
         with mock.patch(f"{__name__}.Held", Slow):
@@ -203,34 +216,61 @@ def test_threads_that_read_at_once(world_size: int) -> None:
     run(check_threads, world_size)
 
 
-def check_compiled(rank: int, world_size: int) -> None:
+def check_compiled(rank: int, world_size: int, has_streams: bool) -> None:
     """Compiled after the call: the same results, in whatever way."""
     results = []
     for way in (None, "wrapped", "in place", "block", "block replaced"):
         torch.manual_seed(0)
+        torch._dynamo.reset()
         model = nn.Sequential(nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 33))
         optimizer = ShardedRAdam(model.parameters(), transport="gloo", bucket_cap_mb=SMALL, lr=0.1)
-        optimizer.overlap_forward(model)
-        call: Any = torch.compile(model, backend="aot_eager") if way == "wrapped" else model
-        if way == "in place":
-            model.compile(backend="aot_eager")
-        if way == "block":
-            model[0].compile(backend="aot_eager")
-        if way == "block replaced":
-            model[0] = torch.compile(model[0], backend="aot_eager")  # type: ignore[assignment]
-        for step in range(4):
-            call(torch.full((2, 33), 1.0 + rank + step)).square().mean().backward()
-            for param in model.parameters():
-                dist.all_reduce(param.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([param.detach().clone() for param in model.parameters()])
+        with streams(["main"]) if has_streams else contextlib.nullcontext():
+            optimizer.overlap_forward(model)
+            call: Any = torch.compile(model, backend="aot_eager") if way == "wrapped" else model
+            if way == "in place":
+                model.compile(backend="aot_eager")
+            if way == "block":
+                model[0].compile(backend="eager")
+            if way == "block replaced":
+                model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+            for step in range(4):
+                call(torch.full((2, 33), 1.0 + rank + step)).square().mean().backward()
+                for param in model.parameters():
+                    dist.all_reduce(param.grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                arriving = all(type(param) is ArrivingParameter for param in model.parameters())
+                assert arriving == (world_size > 1 and way not in ("in place", "block")), way
+            results.append([param.detach().clone() for param in model.parameters()])
         assert_same(results[0], results[-1], way)
 
 
+@pytest.mark.parametrize("has_streams", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_models_that_are_compiled_later(world_size: int) -> None:
-    run(check_compiled, world_size)
+def test_models_that_are_compiled_later(world_size: int, has_streams: bool) -> None:
+    run(check_compiled, world_size, has_streams)
+
+
+# Streams, which only say what is current
+
+
+@contextlib.contextmanager
+def streams(current: list[str], is_captured: Callable[[], bool] = lambda: False) -> Iterator[Callable[[str], Any]]:
+    """Have streams on the CPU, of which the last one is current; yields torch.cuda.stream."""
+
+    @contextlib.contextmanager
+    def stream(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    with (
+        mock.patch("sharded_radam.streams.has_streams", return_value=True),
+        mock.patch("torch.cuda.current_stream", side_effect=lambda _: current[-1]),
+        mock.patch("torch.cuda.stream", stream),
+        mock.patch("torch.cuda.is_current_stream_capturing", is_captured),
+    ):
+        yield stream
 
 
 class Wait:
@@ -243,21 +283,99 @@ class Wait:
         self.noted.append(self.current[-1])
 
 
-def test_the_stream_of_the_step_waits_too() -> None:
-    """A reader on a stream of its own must not be the only one that waits: the forward is on another."""
-    current, noted = ["reader"], list[str]()
+def arriving(current: list[str]) -> tuple[nn.Linear, Arrivals, list[str]]:
+    """A module whose parameters arrive, and who has waited."""
+    model, noted = nn.Linear(3, 3), list[str]()
+    optimizer = ShardedRAdam(model.parameters())
+    arrivals = Arrivals()
+    arrivals.hook(model)
+    arrivals.begin(optimizer._shards.flats, {(0, 0): [Handle(Wait(current, noted))]})  # type: ignore[arg-type]
+    return model, arrivals, noted
 
-    @contextlib.contextmanager
-    def stream(name: str) -> Iterator[None]:
-        current.append(name)
-        yield
-        current.pop()
 
-    with mock.patch("torch.cuda.stream", stream):
-        handle = Handle(Wait(current, noted))  # type: ignore[arg-type]
-        handle.wait("step")
-        handle.wait("step")
-    assert noted == ["reader", "step"]
+def test_each_stream_that_reads_waits_once() -> None:
+    current = ["main"]
+    with streams(current) as on:
+        model, arrivals, noted = arriving(current)
+        assert noted == []
+        with on("side"):
+            model.weight.norm()
+            model.weight.norm()
+        assert noted == ["side"]
+        model(torch.ones(3))
+        model(torch.ones(3))
+        assert noted == ["side", "main"]
+        with on("other"):
+            model.bias.detach()  # its module's forward has left it as it was
+        assert noted == ["side", "main", "other"]
+        usable_copy = copy.deepcopy(model)
+        assert type(usable_copy.weight) is Parameter
+        arrivals.end()
+        assert type(model.weight) is Parameter
+        with on("late"):
+            model.weight.norm()
+        assert noted == ["side", "main", "other"]
+
+
+def test_the_module_has_parameters_of_its_own_class_in_its_forward() -> None:
+    """Not those that ask for each operation; also where the forward fails, others wait again."""
+    current = ["main"]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = Parameter(torch.ones(3))
+
+        def forward(self, fails: bool) -> None:
+            assert type(self.weight) is Parameter
+            if fails:
+                raise KeyError
+
+    with streams(current):
+        model = Net()
+        optimizer = ShardedRAdam(model.parameters())
+        arrivals, noted = Arrivals(), list[str]()
+        arrivals.hook(model)
+        arrivals.begin(optimizer._shards.flats, {(0, 0): [Handle(Wait(current, noted))]})  # type: ignore[arg-type]
+        for fails in (False, True):
+            with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+                model(fails)
+            assert type(model.weight) is ArrivingParameter
+        assert noted == ["main"]
+        arrivals.end()
+
+
+def test_no_wait_crosses_the_border_of_a_captured_graph() -> None:
+    current, captured = ["main"], [False]
+    with streams(current, lambda: captured[0]):
+        model, arrivals, noted = arriving(current)
+        captured[0] = True  # all that was launched before has ended
+        model(torch.ones(3))
+        model.weight.norm()
+        arrivals.end()
+        assert noted == []
+        model, arrivals, noted = arriving(current)  # launched in the graph, and waited for there
+        assert noted == ["main"]
+        assert type(model.weight) is Parameter
+
+
+def test_arrivals_do_not_outlive_their_owner() -> None:
+    """On a device with streams nobody knows that all have waited until the next step, which may never come."""
+    current = ["main"]
+    with streams(current):
+        model, arrivals, noted = arriving(current)
+        reference = weakref.ref(arrivals)
+        del arrivals
+        assert reference() is not None
+        weight = model.weight
+        del model
+        gc.collect()
+        assert reference() is not None  # nobody has waited
+        weight.norm()
+        gc.collect()
+        assert reference() is None
+        weight.norm()
+        assert noted == ["main"]
 
 
 def test_overlap_is_refused_where_it_cannot_be() -> None:

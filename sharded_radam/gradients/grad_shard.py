@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from sharded_radam import streams
 from sharded_radam.buckets.memory import as_real, flat_gradient, flatten
 from sharded_radam.plan import ParamSpec
 
@@ -101,6 +102,8 @@ class GradShard(torch.Tensor):
     def _add(self, grad: Tensor, in_place: bool) -> GradShard:
         """What backward does to a gradient that was kept."""
         target = self if in_place else GradShard(self, self.spec, self.pieces, self.owner)
+        if self.fresh is not None:
+            streams.keep(self.fresh)
         target.fresh = grad.detach() if self.fresh is None else self.fresh + grad.detach()
         return target
 

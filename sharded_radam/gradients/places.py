@@ -16,6 +16,7 @@ from sharded_radam.gradients.grad_shard import GradShard, Owner
 from sharded_radam.gradients.measures import FiniteCheck
 from sharded_radam.gradients.packing import Sums
 from sharded_radam.gradients.schedule import Launch, SlotKey
+from sharded_radam.streams import Lane
 
 
 class Places:
@@ -25,11 +26,15 @@ class Places:
         sums: where gradients go.
         owner: reduces them.
         finite: looks at them before; None if nobody does.
+        lane: where the owner's kernels run; None on a device without streams.
     """
 
-    def __init__(self, sums: Sums, owner: weakref.ref[Owner], finite: FiniteCheck | None) -> None:
+    def __init__(
+        self, sums: Sums, owner: weakref.ref[Owner], finite: FiniteCheck | None, lane: Lane | None = None
+    ) -> None:
         self._sums = sums
         self._finite = finite
+        self._lane = lane
         self.shards = [
             [
                 GradShard(param, spec, pieces, owner)
@@ -64,7 +69,10 @@ class Places:
         if grad is None:  # dropped by a hook
             shard.forget()
         if local is not None:
-            shard.send(self._checked(local, key))
+            checked = self._checked(local, key)
+            if self._lane is not None:
+                self._lane.keep(checked, shard.sending)
+            shard.send(checked)
             shard.fresh = None
             self._place(key)
 
@@ -84,7 +92,10 @@ class Places:
         """The local gradients of a launch that were taken, and not dropped since, by slot."""
         params, shards = self._sums.flats[launch.flat].params, self.shards[launch.flat]
         local = ((slot, shards[slot].sending) for slot in launch.slots)
-        return {slot: grad for slot, grad in local if grad is not None and params[slot].grad is not None}
+        found = {slot: grad for slot, grad in local if grad is not None and params[slot].grad is not None}
+        if self._lane is not None:
+            self._lane.keep(*found.values())
+        return found
 
     def release(self, flat: int, slots: Iterable[int]) -> None:
         """Let local gradients go that were sent."""

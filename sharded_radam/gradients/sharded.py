@@ -9,6 +9,10 @@
 
 :class:`ShardedGradients` brings together who does what: ``hooks`` say what has come, ``places`` take it out of
 ``param.grad``, ``rounds`` say what is to be sent, ``packing`` sends it.
+
+Hooks run on the streams of their modules. All kernels here are in one :class:`~sharded_radam.streams.Lane`: during
+backward on the stream of the pass's first gradient, after whatever the other gradients came on; otherwise on that of
+the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +34,7 @@ from sharded_radam.gradients.places import Places
 from sharded_radam.gradients.rounds import Event, Rounds, State
 from sharded_radam.gradients.schedule import Launch, SlotKey
 from sharded_radam.state.gather import gather_slot, move
+from sharded_radam.streams import Lane
 from sharded_radam.transport import Reducer, Transport
 
 
@@ -62,6 +67,7 @@ class ShardedGradients:
         self._generation = 0  # how often gradients were used or dropped
         self._done = 0  # a checksum of the launches since ranks compared it last
         self._restarted = transport.restarted
+        self._lane = Lane.on(transport.device)
         self._set_flats(flats)
         self._hooks = Hooks(self)
         self._hooks.listen(self.params(), take_over=True)
@@ -69,7 +75,7 @@ class ShardedGradients:
     def _set_flats(self, flats: Sequence[Flat]) -> None:
         self.sums = Sums(flats, self.transport, self._reduce_dtype)
         self.rounds = Rounds([flat.plan for flat in flats])
-        self.places = Places(self.sums, weakref.ref(self), self._finite)
+        self.places = Places(self.sums, weakref.ref(self), self._finite, self._lane)
 
     @torch.no_grad()
     def lay_out(self, flats: Sequence[Flat]) -> None:
@@ -78,6 +84,7 @@ class ShardedGradients:
         Gradients, which must have been reduced, move along; those of parameters that leave become whole. New parameters
         may have gradients already, so a round is due.
         """
+        self._move()
         staying = {param for flat in flats for param in flat.params}
         present = {param for key, param in self.params() if self.places.is_present(key)}
         leaving = [param for _, param in self.params() if param in present and param not in staying]
@@ -112,7 +119,10 @@ class ShardedGradients:
         if self._task != (task := torch._C._current_graph_task_id()):
             self._task = task
             self.places.follow_dropped()
-            torch.autograd.Variable._execution_engine.queue_callback(self.settle)  # when that pass ends
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+            self._move()
+        if self._lane is not None:
+            self._lane.note()
         if not (self._syncs and self._switches.get("require_backward_grad_sync", True)):
             self.rounds.note(Event.HELD)
             return
@@ -126,7 +136,11 @@ class ShardedGradients:
         key, self._arriving = self._arriving, None
         if key is None:
             return
-        self.places.take(key)
+        if self._lane is None:
+            self.places.take(key)
+        else:
+            with self._lane.entered():
+                self.places.take(key)
         if not self.rounds.expects(key):
             return  # rare: it waits for the step
         self.rounds.take(key)
@@ -134,6 +148,10 @@ class ShardedGradients:
             self._launch_next()
         if self.rounds.is_over:
             self.rounds.end()
+
+    def _end_pass(self) -> None:
+        self._move()  # to whoever has called backward, for whom all is in order then
+        self.settle()
 
     def _end_round(self) -> None:
         while not self.rounds.is_over:
@@ -143,8 +161,17 @@ class ShardedGradients:
     @torch.no_grad()  # with create_graph=True, hooks run with gradients enabled
     def _launch_next(self) -> None:
         launch, done = self.rounds.next_launch()
-        self._send(launch)
-        self.places.release(launch.flat, done)
+        with self._in_lane():
+            self._send(launch)
+            self.places.release(launch.flat, done)
+
+    def _in_lane(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._lane is None else self._lane.entered()
+
+    def _move(self) -> None:
+        """Go on, on the current stream."""
+        if self._lane is not None:
+            self._lane.move()
 
     def _send(self, launch: Launch) -> None:
         """Begin to reduce the gradients of a launch, also those that have not come as a round expects them."""
@@ -183,6 +210,7 @@ class ShardedGradients:
             RuntimeError: on every rank, with ``check``, if one had a gradient that is not finite; or if the gradients
                 are in another optimizer's shards.
         """
+        self._move()
         self.settle()
         self._check_owner()
         self.places.follow_dropped()
@@ -214,11 +242,13 @@ class ShardedGradients:
 
     def reduce_once(self) -> None:
         """Collective the first time after a backward pass: reduce all that is left."""
+        self._move()
         if not self.rounds.is_reduced:
             self.finish()
 
     def end_rounds(self) -> None:
         """Send what was begun, and wait for it. Collective only after a backward pass that did not end."""
+        self._move()
         self.settle()
         if self.rounds.state is State.OPEN:
             self._end_round()  # other ranks may have come further, and wait for this one

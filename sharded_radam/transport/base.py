@@ -52,29 +52,34 @@ class Handle:
         self._number = next(_numbers)
         _unfinished[self._number] = work, tensors
 
-    def wait(self, *streams: Any) -> None:
-        """Return when the tensors may be used (on CUDA: by kernels launched from now on, here or on ``streams``)."""
+    def wait(self, is_last: bool = True) -> None:
+        """Return when the tensors may be used (on CUDA: by kernels launched from now on, on the current stream).
+
+        Args:
+            is_last: whether nobody waits again; only for other streams somebody may.
+        """
         if self._work is not None:
             try:
                 self._work.wait()
-                for stream in streams:
-                    with torch.cuda.stream(stream):
-                        self._work.wait()
             except RuntimeError as error:
                 _unfinished.pop(self._number, None)
                 if self._lost is not None:
                     self._lost(error)
                 raise
-        self._forget()
+        if is_last:
+            self.forget()
+        else:
+            _unfinished.pop(self._number, None)
 
     def end(self, seconds: float) -> None:
         """Return when it is done, or has failed, or after some seconds: nobody uses the tensors any more."""
         if self._work is not None:
             with suppress(RuntimeError):
                 self._work.wait(timedelta(seconds=seconds))
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what nobody has to wait for any more."""
         self._work, self._tensors = None, ()
         _unfinished.pop(self._number, None)
 

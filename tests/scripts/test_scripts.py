@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from torch import Tensor
 
 from sharded_radam import compat
 from sharded_radam.plan import ParamSpec
@@ -194,6 +198,82 @@ def test_demo(tmp_path: Path) -> None:
     assert "complete; all checksums are right" in done.stdout
     assert "resumed on 3" in done.stdout
     assert (tmp_path / "demo" / "radam.pt").exists()
+
+
+def gpu_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """scripts/test_gpu.sh with the Python that runs here."""
+    command = ["scripts/test_gpu.sh", *arguments]
+    environment = {**os.environ, **here()}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=220, check=False)
+
+
+def test_gpu_command_on_a_cpu(tmp_path: Path) -> None:
+    """A test and the fused rows. The suite of all tests has tests/gpu on the CPU, too."""
+    file = tmp_path / "out.json"
+    bench = "--shapes tiny --only fused --rounds 1 --warmup 0"
+    done = gpu_command("--device", "cpu", "--output", str(file), "--bench", bench, "-k", "float64 and fused")
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["tests"]["passed"] == 1
+    assert figures["tests"]["failed"] == 0
+    assert all("no GPU" in reason for reason in figures["tests"]["skipped"])
+    assert figures["machine"]["command"].startswith("scripts/test_gpu.sh --device cpu")
+    bytes_of = {
+        title: {name: row["bytes_per_element"] for name, row in rows.items()} for title, rows in figures["rows"].items()
+    }
+    fp32, bf16 = bytes_of["24 tensors, fp32"], bytes_of["24 tensors, bf16 with fp32 masters"]
+    assert fp32 == {"sharded_radam, fused": 28, "torch Adam, fused": 28, "a copy": 8}
+    assert bf16.keys() == {"sharded_radam, fused", "torch Adam, fused, masters by hand", "a copy"}
+    assert figures["missing"] == {}
+    table = [sys.executable, "scripts/bench_gpu.py", "--table", str(file)]
+    again = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert again.stdout.strip() in done.stdout
+    assert "| torch Adam, fused |" in again.stdout
+
+
+def test_gpu_command_tells_what_fails(tmp_path: Path) -> None:
+    """Without a GPU nothing is shown; neither is it where no test is run."""
+    if not torch.cuda.is_available():
+        done = gpu_command()
+        assert done.returncode == 2
+        assert "finds no GPU here. So nothing was run, and nothing is shown" in done.stderr
+    flags = ("--output", str(tmp_path / "x"), "--bench", "--shapes tiny --only no_such_row")
+    done = gpu_command("--device", "cpu", *flags, "-k", "no_such_test")
+    assert done.returncode == 1
+    assert "FAILED: see above" in done.stderr
+    assert "--device tpu: expected cuda or cpu" in gpu_command("--device", "tpu").stderr
+
+
+TRAFFIC: dict[str, tuple[float, Callable[[Tensor, Tensor], object]]] = {
+    "copy_": (8, lambda a, b: a.copy_(b)),
+    "in place": (8, lambda a, b: a.mul_(2)),
+    "out": (12, lambda a, b: torch.add(a, b, out=a)),
+    "new": (12, lambda a, b: a + b),
+    "twice": (8, lambda a, b: a * a),
+    "zeros": (4, lambda a, b: torch.zeros_like(a)),
+    "empty": (0, lambda a, b: torch.empty_like(a)),
+    "view": (0, lambda a, b: a.view(2, -1).t()),
+    "cast": (6, lambda a, b: a.bfloat16()),
+    "list": (16, lambda a, b: torch._foreach_add_([a, b], 1.0)),
+    "list copied": (8, lambda a, b: torch._foreach_copy_([a], [b])),
+}
+
+
+def test_bytes_that_operations_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    traffic = importlib.import_module("traffic")
+    for name, (wanted, operate) in TRAFFIC.items():
+        operands = torch.ones(1000), torch.ones(1000)
+        assert traffic.bytes_of(partial(operate, *operands)) == 1000 * wanted, name
+    param = torch.nn.Parameter(torch.ones(100_000))
+    param.grad = torch.ones(100_000)
+    for wanted, optimizer in (
+        (28, torch.optim.Adam([param], fused=True)),
+        (88, torch.optim.RAdam([param], foreach=True)),
+    ):
+        for _ in range(6):
+            optimizer.step()
+        assert round(traffic.bytes_of(optimizer.step) / 100_000, 1) == wanted
 
 
 def bash(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
