@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_radam import CheckpointManager, GradScaler, ShardedRAdam, make_mesh
+from sharded_radam import CheckpointError, CheckpointManager, GradScaler, ShardedRAdam, make_mesh
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.state.values import equal
 from sharded_radam.update import update_buckets
@@ -367,7 +367,7 @@ def test_groups_that_do_not_fit_raise_on_every_rank() -> None:
     run(check_misfits, 4)
 
 
-def check_some_ranks(rank: int, _world_size: int) -> None:
+def check_some_ranks(rank: int, _world_size: int, folder: str) -> None:
     """Two meshes side by side, as where a model is split in two: ranks of one know nothing of the other."""
     cube = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
     mesh = cube["replicate", "shard"]
@@ -387,10 +387,21 @@ def check_some_ranks(rank: int, _world_size: int) -> None:
     assert sharded._shards.ranks() == ranks
     saved = sharded.consolidate_state_dict(to=ranks[2])
     assert (saved is not None) == (rank == ranks[2])
+    again = make_params()
+    other = ShardedRAdam(again, foreach=True, mesh=mesh)
+    with CheckpointManager(f"{folder}/{rank % 2}", process_group=mesh) as manager:
+        manager.save(1, model=nn.ParameterList(ours), optimizer=sharded)
+        manager.load(1, model=nn.ParameterList(again), optimizer=other)
+    assert_same(again, ours)
+    for one, param in zip(again, theirs, strict=True):
+        whole = other.full_state(one)["exp_avg"]
+        assert torch.equal(whole, radam.state[param]["exp_avg"]) if param in radam.state else not whole.any()
+    with pytest.raises(CheckpointError, match="its process group has the ranks"):
+        CheckpointManager(f"{folder}/all").save(1, optimizer=sharded)
 
 
-def test_a_mesh_of_some_ranks() -> None:
-    run(check_some_ranks, 8)
+def test_a_mesh_of_some_ranks(tmp_path: Path) -> None:
+    run(check_some_ranks, 8, str(tmp_path))
 
 
 # From torchrun's environment
