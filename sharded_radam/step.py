@@ -65,7 +65,7 @@ def prepare(optimizer: RAdam, shards: Shards) -> list[list[Cohort]]:
     if shards.gradients is None:
         present = [[param.grad is not None for param in flat.params] for flat in shards.flats]
     else:
-        present = shards.gradients.finish()
+        present = shards.gradients.finish(waits=False)
     if _is_check_due(optimizer, shards):
         check_replicas(optimizer, shards)
     for flat, slots, flat_edits in zip(shards.flats, elsewhere, edits, strict=True):
@@ -130,6 +130,8 @@ def _update_and_gather(optimizer: RAdam, shards: Shards, cohorts: Sequence[Seque
         own = OwnGradients(flat, None if shards.gradients is None else shards.gradients.sums)
         hyper, engine = Hyperparameters.of(group_of(optimizer, flat)), engine_of(optimizer, shards, flat)
         for buckets in flat.plan.calls(flat.buffer.device.type):
+            if shards.gradients is not None:
+                shards.gradients.sums.wait(index, buckets[-1])
             with meter.phase("update"):
                 update_buckets(flat, buckets, flat_cohorts, own, hyper, engine)
             with meter.phase("all_gather"):

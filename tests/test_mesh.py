@@ -21,9 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_radam import CheckpointManager, GradScaler, ShardedRAdam, make_mesh
+from sharded_radam import CheckpointError, CheckpointManager, GradScaler, ShardedRAdam, make_mesh
 from sharded_radam.checkpoint.format.index import read_index
 from sharded_radam.state.values import equal
+from sharded_radam.update import update_buckets
 from tests.cases import assert_same, make_params, missing_at, set_grads
 from tests.ranks import ends, run
 
@@ -192,6 +193,8 @@ def check_sharded(rank: int, world_size: int, shape: tuple[int, int]) -> None:
             with sharded.no_sync():
                 pass_backward(ours, step, 0, rank)
             pass_backward(ours, step, 1, rank)
+            if step % 3 == 1:
+                sharded.grad_norm()  # the mean of replicas, to which more is added
             pass_backward(ours, step, 2, rank)
             mean_grads(theirs, step, world_size)
             wanted = nn.utils.get_total_norm([param.grad for param in theirs if param.grad is not None])
@@ -213,13 +216,75 @@ def check_sharded(rank: int, world_size: int, shape: tuple[int, int]) -> None:
         replicas_are_equal(sharded, shape)
         own = sharded._shards.flats[0].plan.local_numel * 4
         whole = own + -own % (64 * 4 * shape[0])
-        received = sharded.stats().received_bytes.get("average", 0)
-        assert received == STEPS * 2 * whole // shape[0] * (shape[0] - 1)
+        found = sharded.stats()
+        assert found.collectives.get("average", 0) == (STEPS + 3 if shape[0] > 1 else 0)
+        assert found.received_bytes.get("average", 0) == (STEPS + 3) * 2 * whole // shape[0] * (shape[0] - 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sharded_gradients_are_the_mean_over_all_ranks(shape: tuple[int, int]) -> None:
     run(check_sharded, shape[0] * shape[1], shape)
+
+
+def check_order(rank: int, world_size: int, transport: str) -> None:
+    """The first buckets are updated while the last sums are under way; what reads them waits for all."""
+    ours, theirs = make_params(), make_params()
+    options: dict[str, Any] = {"bucket_cap_mb": SMALL, "transport": transport, "check_replicas": 1}
+    sharded = ShardedRAdam(ours, foreach=True, mesh=mesh_of((2, 2)), shard_gradients=True, **options)
+    radam = torch.optim.RAdam(theirs, foreach=True)
+    order: list[str] = []
+
+    def note(what: str, call: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            order.append(what)
+            return call(*args)
+
+        return noted
+
+    def iterate(step: int, between: Any = lambda: None) -> list[str]:
+        for part in range(3):
+            pass_backward(ours, step, part, rank)
+        mean_grads(theirs, step, world_size)
+        order.clear()
+        between()
+        sharded.step()
+        radam.step()
+        sharded.zero_grad()
+        assert_same(ours, theirs)
+        return order
+
+    iterate(0)
+    averages: Any = sharded._shards.gradients.sums._averages  # type: ignore[union-attr]
+    assert len(averages.parts[0]) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averages, "_end", note("end", averages._end))
+        patch.setattr("sharded_radam.step.update_buckets", note("update", update_buckets))
+        assert iterate(1)[:4] == ["end", "update", "update", "end"]
+        assert iterate(2, sharded.grad_norm) == [*sorted(order)]
+
+        def assign() -> None:
+            """Into sums that would be under way: all end before."""
+            for params in (ours, theirs):
+                params[0].grad = torch.full_like(params[0], 0.5)
+
+        assert iterate(3, assign) == sorted(order)
+    # A step that fails between: what is under way ends before anything else is done with the sums.
+    for part in range(3):
+        pass_backward(ours, 4, part, rank)
+    sharded.param_groups[0]["lr"] = 1e-3 * (1 + (rank == 3))
+    with pytest.raises(RuntimeError, match="lr of param group 0 differs"):
+        sharded.step()
+    sharded.param_groups[0]["lr"] = 1e-3
+    mean_grads(theirs, 4, world_size)
+    sharded.step()
+    radam.step()
+    assert_same(ours, theirs)
+    replicas_are_equal(sharded, (2, 2))
+
+
+@pytest.mark.parametrize("transport", ["gloo", "native"])
+def test_replicas_average_while_the_first_buckets_are_updated(transport: str) -> None:
+    run(check_order, 4, transport)
 
 
 def half_results(rank: int, _world_size: int, shape: tuple[int, ...], reduce_dtype: torch.dtype | None) -> Any:
@@ -305,7 +370,7 @@ def test_groups_that_do_not_fit_raise_on_every_rank() -> None:
     run(check_misfits, 4)
 
 
-def check_some_ranks(rank: int, _world_size: int) -> None:
+def check_some_ranks(rank: int, _world_size: int, folder: str) -> None:
     """Two meshes side by side, as where a model is split in two: ranks of one know nothing of the other."""
     cube = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
     mesh = cube["replicate", "shard"]
@@ -325,10 +390,21 @@ def check_some_ranks(rank: int, _world_size: int) -> None:
     assert sharded._shards.ranks() == ranks
     saved = sharded.consolidate_state_dict(to=ranks[2])
     assert (saved is not None) == (rank == ranks[2])
+    again = make_params()
+    other = ShardedRAdam(again, foreach=True, mesh=mesh)
+    with CheckpointManager(f"{folder}/{rank % 2}", process_group=mesh) as manager:
+        manager.save(1, model=nn.ParameterList(ours), optimizer=sharded)
+        manager.load(1, model=nn.ParameterList(again), optimizer=other)
+    assert_same(again, ours)
+    for one, param in zip(again, theirs, strict=True):
+        whole = other.full_state(one)["exp_avg"]
+        assert torch.equal(whole, radam.state[param]["exp_avg"]) if param in radam.state else not whole.any()
+    with pytest.raises(CheckpointError, match="its process group has the ranks"):
+        CheckpointManager(f"{folder}/all").save(1, optimizer=sharded)
 
 
-def test_a_mesh_of_some_ranks() -> None:
-    run(check_some_ranks, 8)
+def test_a_mesh_of_some_ranks(tmp_path: Path) -> None:
+    run(check_some_ranks, 8, str(tmp_path))
 
 
 # From torchrun's environment

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sharded_radam.arrivals import Arrivals, ArrivingParameter
+from sharded_radam.gradients.packing import Sums
 from sharded_radam.gradients.sharded import ShardedGradients
 from sharded_radam.streams import Lane
 from sharded_radam.transport import Handle, Transport
@@ -43,6 +45,7 @@ def run_mode(
     overlap: bool = False,
     num_streams: int = 0,
     dtype: torch.dtype = torch.float32,
+    mesh: DeviceMesh | None = None,
 ) -> Training:
     """Train where races are recorded.
 
@@ -52,12 +55,13 @@ def run_mode(
         overlap: whether parameters arrive during forward.
         num_streams: of the branches; all are on the main one if 0.
         dtype: of the parameters.
+        mesh: with two dimensions, replicas average their sums.
     """
     train, options = MODES[mode]
     races = Races()
     races.install(monkeypatch)
     with races:
-        training = Training(races, monkeypatch, dtype, num_streams, **options)
+        training = Training(races, monkeypatch, dtype, num_streams, mesh=mesh, **options)
         if overlap:
             training.optimizer.overlap_forward(training.model)
         train(training)
@@ -81,6 +85,30 @@ def test_all_is_in_an_order(
 @pytest.mark.parametrize("group", [1, 4], indirect=True)
 def test_at_every_world_size_and_in_half_precision(monkeypatch: pytest.MonkeyPatch, group: int, mode: str) -> None:
     assert run_mode(monkeypatch, mode, True, 3, torch.bfloat16).races.found[:3] == []
+
+
+SHARDED = [mode for mode, (_, options) in MODES.items() if options.get("shard_gradients")]
+
+
+@pytest.mark.parametrize("num_streams", [0, 3])
+@pytest.mark.parametrize("mode", SHARDED)
+@pytest.mark.parametrize("group", [2, 4], indirect=True)
+def test_replicas_average_in_an_order(monkeypatch: pytest.MonkeyPatch, group: int, mode: str, num_streams: int) -> None:
+    mesh = init_device_mesh("cpu", (2, group // 2))
+    training = run_mode(monkeypatch, mode, False, num_streams, mesh=mesh)
+    assert training.races.found[:3] == []
+    if mode != "dropped":  # there another one takes its place
+        assert training.optimizer.stats().collectives["average"] > 1
+
+
+@pytest.mark.parametrize("method", ["wait", "finish_average"])
+def test_sums_that_are_under_way_are_found(monkeypatch: pytest.MonkeyPatch, group: int, method: str) -> None:
+    """By the update, and by clipping."""
+    monkeypatch.setattr(Sums, method, lambda *_: None)
+    training = run_mode(
+        monkeypatch, "sharded, average" if method == "wait" else "sharded", mesh=init_device_mesh("cpu", (2, 1))
+    )
+    assert any("all_reduce" in found for found in training.races.found)
 
 
 def test_on_one_stream_nothing_is_done_for_streams(monkeypatch: pytest.MonkeyPatch, group: int) -> None:

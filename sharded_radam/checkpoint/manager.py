@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -24,6 +24,9 @@ from sharded_radam.checkpoint.training import Restored, Training
 from sharded_radam.store.agreement import Agreement
 from sharded_radam.store.offers import absolute
 from sharded_radam.store.peers import Peers, ranks_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger("sharded_radam")
 
@@ -41,7 +44,7 @@ class CheckpointManager:
         keep: how many checkpoints to keep beside the best and the protected ones; others are removed after a commit:
             first those that training has gone back from, the oldest first, then the smallest steps. None for all.
         best_mode: whether the best of what ``save(best=)`` was given is the smallest, "min", or the largest, "max".
-        process_group: whose ranks save together; the default one if None.
+        process_group: whose ranks save together, or a DeviceMesh, all of whose ranks do; the default group if None.
         timeout: seconds to wait for a rank that does not come, or is silent; a slow disk is waited for.
     """
 
@@ -51,7 +54,7 @@ class CheckpointManager:
         *,
         keep: int | None = None,
         best_mode: str = "min",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         timeout: float = 600.0,
     ) -> None:
         if keep is not None and keep < 1:

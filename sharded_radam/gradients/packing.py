@@ -139,6 +139,7 @@ class Sums:
             mark: 0 to 255, equal on all ranks.
         """
         flat, where = self.flats[launch.flat], (launch.flat, launch.bucket)
+        self.finish_average()  # of a step that failed
         first, stop = flat.plan.bucket_range(launch.bucket)
         with self._transport.meter.phase("reduce_scatter"):
             reducer = self.make_reducer()
@@ -175,13 +176,17 @@ class Sums:
 
     def finish(self) -> None:
         """Wait for all that is under way. What was packed between parameters, or scaled with inf, becomes zero."""
+        self.finish_average()
         if self.reducer is not None:
             self.reducer.finish()
         for flat, total, padding in zip(self.flats, self.totals, self._padding, strict=True):
             total.view(-1, flat.reals).index_fill_(0, padding, 0)
 
-    def average_replicas(self, indices: Sequence[int]) -> None:
-        """Collective: make the sums of some flats, which are the shard group's mean, that of all replicas."""
+    def begin_average(self, indices: Sequence[int]) -> None:
+        """Collective: begin to make the sums of some flats, which are the shard group's mean, that of all replicas.
+
+        They are not to be used before ``wait``, or ``finish``.
+        """
         replicas, meter = self._transport.replicas, self._transport.meter
         if replicas is None:
             return
@@ -190,7 +195,20 @@ class Sums:
         with meter.phase("average"):
             for part in (self._whole[index].nbytes // replicas.world_size for index in indices):
                 meter.count("average", 2 * part * (replicas.world_size - 1))
-            self._averages.average(indices)
+            self._averages.begin(indices)
+
+    def wait(self, index: int, bucket: int) -> None:
+        """Return when the sums of a flat's bucket, and of those before it, may be used."""
+        if self._averages is not None:
+            flat = self.flats[index]
+            with self._transport.meter.phase("average"):
+                self._averages.wait(index, flat.reals * flat.plan.local_range(bucket)[1])
+
+    def finish_average(self) -> None:
+        """Return when nothing travels between replicas."""
+        if self._averages is not None:
+            with self._transport.meter.phase("average"):
+                self._averages.finish()
 
     def restart(self) -> None:
         """Forget what is under way, on all ranks."""

@@ -129,6 +129,10 @@ class Places:
         self.has_grad.add(key)
         self._sums.note(key)
 
+    def has_assigned(self) -> bool:
+        """Whether something was assigned to ``.grad`` after backward, which ``follow_assigned`` will take."""
+        return any(param.grad is not None and param.grad is not shard for param, shard in self._at.values())
+
     def follow_assigned(self) -> None:
         """Take what was assigned to ``.grad`` after backward, as it is: as under DDP, all ranks assign the same."""
         for key, (param, shard) in self._at.items():

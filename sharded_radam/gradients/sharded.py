@@ -197,8 +197,11 @@ class ShardedGradients:
     # Step
 
     @torch.no_grad()
-    def finish(self) -> list[list[bool]]:
+    def finish(self, waits: bool = True) -> list[list[bool]]:
         """Collective: reduce all that is left.
+
+        Args:
+            waits: for the mean over replicas. Else the sums are not to be used before ``sums.wait``.
 
         Returns:
             For each flat, which of its parameters have a gradient on some rank.
@@ -222,17 +225,20 @@ class ShardedGradients:
         with self.transport.meter.phase("reduce_scatter"):
             self.make_reducer()
             self.sums.finish()
-        if is_due:
-            self._average_replicas()
+        if self.transport.replicas is not None:
+            self._average_replicas(is_due, waits)
         if self._finite is not None:
             self._finite.agree()
         self.places.follow_assigned()
         return [self.places.present(index) for index in range(len(self.sums.flats))]
 
-    def _average_replicas(self) -> None:
-        """Collective, where there are several: once a step, as a rule, since nobody reads the sums before."""
+    def _average_replicas(self, is_due: bool, waits: bool) -> None:
+        """Once a step, as a rule, since nobody reads the sums before."""
         with self.transport.losing_ranks():
-            self.sums.average_replicas(sorted({index for index, _ in self.places.has_grad}))
+            if is_due:
+                self.sums.begin_average(sorted({index for index, _ in self.places.has_grad}))
+            if waits or self.places.has_assigned():
+                self.sums.finish_average()
 
     def reduce_once(self) -> None:
         """Collective the first time after a backward pass: reduce all that is left."""

@@ -7,14 +7,17 @@ import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 
 from sharded_radam.compat import own_connection
 from sharded_radam.store.board import Board
-from sharded_radam.store.groups import Groups, own_group
+from sharded_radam.store.groups import Groups, is_mesh, own_group, ranks_of_mesh
 from sharded_radam.store.liveness import Acquaintance
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(slots=True)
@@ -39,22 +42,27 @@ _lines: weakref.WeakKeyDictionary[Any, dict[str, Line]] = weakref.WeakKeyDiction
 """Of a default store, by ranks."""
 
 
-def ranks_of(group: dist.ProcessGroup | Groups | None) -> list[int]:
+def ranks_of(group: dist.ProcessGroup | DeviceMesh | Groups | None) -> list[int]:
     """The ranks of a group, None for the default one, or of all groups of a mesh, among all processes.
 
     Raises:
+        ValueError: this process is in none of them.
         RuntimeError: the group has been destroyed, and there were several ranks in it.
     """
     if not dist.is_available():
         return [0]
+    if is_mesh(group):
+        return ranks_of_mesh(group)
     if isinstance(group, Groups):
         if group.rows and dist.is_initialized():
             return sorted(rank for row in group.rows for rank in row)
         group = group.shard
     if dist.is_initialized():
         with suppress(KeyError):  # of a group that was destroyed, perhaps before another one was made
-            return dist.get_process_group_ranks(group if isinstance(group, dist.ProcessGroup) else own_group(group))
-    if group is None or group.size() == 1:
+            return dist.get_process_group_ranks(
+                group if isinstance(group, dist.ProcessGroup) else own_group(cast("Any", group))
+            )
+    if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
         return [0]
     raise RuntimeError(
         f"the process group has been destroyed, of whose {group.size()} ranks each holds its part of the state: save "
@@ -71,7 +79,7 @@ class Peers:
     line: Line | None
 
     @staticmethod
-    def of(group: dist.ProcessGroup | Groups | None) -> Peers:
+    def of(group: dist.ProcessGroup | DeviceMesh | Groups | None) -> Peers:
         """The ranks of a group (None: the default one, or this process alone where there is none), or of a mesh."""
         ranks = ranks_of(group)
         if len(ranks) == 1:

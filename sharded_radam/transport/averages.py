@@ -3,29 +3,76 @@
 One sum a step, of the own shards, which are in fp32 at least. Its order is that of the replicas, and the mean is
 ``(s0 / R + s1 / R) + s2 / R + ...``, as a reducer forms it, for R replicas; ``native`` takes the backend's order, and
 divides last. All replicas get the same bits.
+
+Tensors travel in pieces, so that the first ones may be used while the last ones are under way. Nobody writes to what is
+under way.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sharded_radam.plan import ALIGNMENT
+from sharded_radam.transport.reducers import UNDER_WAY
 
 if TYPE_CHECKING:
-    from sharded_radam.transport.base import Transport
+    from sharded_radam.transport.base import Handle, Transport
+
+
+class Part(NamedTuple):
+    """The elements from ``start`` on of a tensor, by its number."""
+
+    tensor: int
+    start: int
+    elements: Tensor
 
 
 class Averages(ABC):
-    """Averages the same 1-D tensors over the ranks of a transport, in place."""
+    """Averages the same 1-D tensors over the ranks of a transport, in place, again and again.
+
+    Args:
+        transport: between the replicas.
+        tensors: of ``world_size * ALIGNMENT`` elements, or a multiple of that.
+        most_numel: elements of a piece, about.
+    """
+
+    def __init__(self, transport: Transport, tensors: Sequence[Tensor], most_numel: int) -> None:
+        quantum = ALIGNMENT * transport.world_size
+        most = -(-most_numel // quantum) * quantum
+        self.parts: list[list[Part]] = []
+        for index, tensor in enumerate(tensors):
+            pieces = torch.split(tensor, most) if tensor.numel() else ()
+            self.parts.append([Part(index, number * most, piece) for number, piece in enumerate(pieces)])
+        self._waiting: deque[Part] = deque()
+
+    def begin(self, indices: Sequence[int]) -> None:
+        """Collective: begin with the tensors of these indices, the same on all ranks; nothing is under way."""
+        self._waiting.extend(part for index in indices for part in self.parts[index])
+        self._begin()
+
+    def wait(self, index: int, stop: int) -> None:
+        """Collective: return when the elements before ``stop`` of a tensor, and all of those before it, may be used."""
+        while self._waiting and self._waiting[0][:2] < (index, stop):
+            self._end(self._waiting.popleft())
+
+    def finish(self) -> None:
+        """Collective: return when nothing is under way."""
+        while self._waiting:
+            self._end(self._waiting.popleft())
 
     @abstractmethod
-    def average(self, indices: Sequence[int]) -> None:
-        """Collective: those of these indices, the same on all ranks; returns when they may be read."""
+    def _begin(self) -> None:
+        """Begin with what is waited for."""
+
+    @abstractmethod
+    def _end(self, part: Part) -> None:
+        """Return when a part, the first of those that are under way, may be used."""
 
     def num_bytes(self) -> int:
         """Of memory that it has beside the tensors."""
@@ -33,31 +80,41 @@ class Averages(ABC):
 
 
 class ReducedAverages(Averages):
-    """Each rank reduces a part of each tensor, as of buckets of gradients; then all gather the parts.
-
-    Args:
-        transport: between the replicas.
-        tensors: of ``world_size * ALIGNMENT`` elements, or a multiple of that.
-        most_numel: elements that a reducer has memory for.
-    """
+    """Each rank reduces its share of each piece, as of buckets of gradients; then all gather the shares."""
 
     def __init__(self, transport: Transport, tensors: Sequence[Tensor], most_numel: int) -> None:
+        super().__init__(transport, tensors, most_numel)
         self._transport = transport
-        quantum = ALIGNMENT * transport.world_size
-        most = -(-most_numel // quantum) * quantum
-        self._pieces = [[*torch.split(tensor, most)] if tensor.numel() else [] for tensor in tensors]
-        self._sizes = [(piece.numel(), piece.dtype) for pieces in self._pieces for piece in pieces]
+        self._sizes = [(part.elements.numel(), part.elements.dtype) for parts in self.parts for part in parts]
         self._reducer = transport.reducer(self._sizes)
+        self._unsent: deque[Part] = deque()
+        self._reduced: deque[Part] = deque()
+        self._gathered: deque[list[Handle]] = deque()
 
-    def average(self, indices: Sequence[int]) -> None:
-        rank, ranks = self._transport.rank, self._transport.world_size
-        pieces = [piece for index in indices for piece in self._pieces[index]]
-        for number, piece in enumerate(pieces):
-            bucket = self._reducer.open(piece.numel(), piece.dtype)
-            self._reducer.fill([bucket], [piece])
-            self._reducer.close(piece.chunk(ranks)[rank], False, number % 256)
-        self._reducer.finish()
-        for handle in [handle for piece in pieces for handle in self._transport.all_gather(piece)]:
+    def _begin(self) -> None:
+        self._unsent.extend(self._waiting)
+        for _ in range(min(UNDER_WAY, len(self._unsent))):
+            self._send()
+
+    def _send(self) -> None:
+        """Reduce the next piece; if there is no room for it, the first one is reduced when this returns."""
+        part, transport = self._unsent.popleft(), self._transport
+        bucket = self._reducer.open(part.elements.numel(), part.elements.dtype)
+        self._reducer.fill([bucket], [part.elements])
+        self._reducer.close(part.elements.chunk(transport.world_size)[transport.rank], False, part.start % 251)
+        self._reduced.append(part)
+
+    def _end(self, part: Part) -> None:
+        while not self._gathered:
+            if self._unsent:
+                self._send()
+                ready = 1
+            else:
+                self._reducer.finish()
+                ready = len(self._reduced)
+            for _ in range(ready):
+                self._gathered.append(self._transport.all_gather(self._reduced.popleft().elements))
+        for handle in self._gathered.popleft():
             handle.wait()
 
     def num_bytes(self) -> int:

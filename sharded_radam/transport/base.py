@@ -239,12 +239,7 @@ class Transport(ABC):
         """Collective: a reducer for buckets of these sizes in elements, and dtypes."""
 
     def averages(self, tensors: Sequence[Tensor], most_numel: int) -> Averages:
-        """What averages 1-D tensors over the ranks, in place, again and again.
-
-        Args:
-            tensors: of ``world_size * ALIGNMENT`` elements, or a multiple of that.
-            most_numel: of what is under way at once.
-        """
+        """What averages 1-D tensors over the ranks; see :class:`Averages`."""
         return ReducedAverages(self, tensors, most_numel)
 
     def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_radam.compat import all_gather_coalesced, all_gather_single, reduce_scatter_single
 from sharded_radam.dtypes import HALF_DTYPES, wide
-from sharded_radam.transport.averages import Averages
+from sharded_radam.transport.averages import Averages, Part
 from sharded_radam.transport.base import Handle, Transport, as_bytes
 from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, sum_, typed
 
@@ -57,7 +57,7 @@ class NativeTransport(Transport):
         return NativeReducer(self, buckets)
 
     def averages(self, tensors: Sequence[Tensor], most_numel: int) -> Averages:
-        return NativeAverages(self, tensors)
+        return NativeAverages(self, tensors, most_numel)
 
 
 class NativeReducer(Reducer):
@@ -109,18 +109,20 @@ class NativeReducer(Reducer):
 
 
 class NativeAverages(Averages):
-    """The backend's all-reduce, asynchronous: all tensors travel at once."""
+    """The backend's all-reduce, asynchronous."""
 
-    def __init__(self, transport: NativeTransport, tensors: Sequence[Tensor]) -> None:
-        self._transport, self._tensors = transport, tensors
+    def __init__(self, transport: NativeTransport, tensors: Sequence[Tensor], most_numel: int) -> None:
+        super().__init__(transport, tensors, most_numel)
+        self._transport = transport
+        self._handles: deque[Handle] = deque()
 
-    def average(self, indices: Sequence[int]) -> None:
-        transport, tensors = self._transport, [self._tensors[index] for index in indices]
-        handles = []
-        for tensor in tensors:
+    def _begin(self) -> None:
+        transport = self._transport
+        for part in self._waiting:
             with transport._losing():
-                work = dist.all_reduce(tensor, group=transport.group, async_op=True)
-            handles.append(Handle(work, tensor, lost=partial(transport.lose, None)))
-        for handle, tensor in zip(handles, tensors, strict=True):
-            handle.wait()
-            tensor.div_(transport.world_size)
+                work = dist.all_reduce(part.elements, group=transport.group, async_op=True)
+            self._handles.append(Handle(work, part.elements, lost=partial(transport.lose, None)))
+
+    def _end(self, part: Part) -> None:
+        self._handles.popleft().wait()
+        part.elements.div_(self._transport.world_size)
