@@ -363,7 +363,7 @@ def test_stories_that_failed_once(world_size: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_stories() -> None:
-    tell_many(500)
+    tell_many(250)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def check(rank: int, world_size: int, example: Example) -> None:
 
 @pytest.mark.timeout(600)
 @hypothesis.settings(
-    max_examples=120, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True, database=None
+    max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True, database=None
 )
 @hypothesis.given(examples())
 def test_random_training_equals_ddp(example: Example) -> None:
