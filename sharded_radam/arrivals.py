@@ -109,6 +109,7 @@ class Arrivals:
     def __init__(self) -> None:
         self._handles: dict[tuple[int, int], list[Handle]] = {}
         self._num_buckets = 0
+        self._is_in_graph = False  # whether a graph reads parameters
         self._buckets: dict[int, list[tuple[int, int]]] = {}
         self._params: dict[int, Tensor] = {}
         self._device: torch.device | None = None  # with streams
@@ -142,7 +143,7 @@ class Arrivals:
         """Take over the gathers of a step; those before have ended."""
         self._device = next((flat.buffer.device for flat in flats if streams.has_streams(flat.buffer.device)), None)
         is_compiled = any(map(_is_compiled, self._modules))  # since overlap_forward() was called
-        if is_compiled or self._is_captured():  # nobody asks when the graph runs
+        if is_compiled or self._is_in_graph or self._is_captured():  # nobody asks when the graph runs
             for handle in (handle for some in handles.values() for handle in some):
                 handle.wait()
             return
@@ -172,6 +173,7 @@ class Arrivals:
         On a device with streams: when kernels that are launched on the current one may read them.
         """
         if self._is_captured():
+            self._is_in_graph = True
             return
         with self._lock:
             waited = self._waited[self._stream()]

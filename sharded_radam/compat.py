@@ -33,6 +33,12 @@ def all_gather_single(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> 
     return cast("dist.Work", getattr(dist, ALL_GATHER)(output, own, group=group, async_op=True))
 
 
+def can_coalesce() -> bool:
+    """Whether several all-gathers may be one call: under TORCH_DISTRIBUTED_DEBUG=DETAIL only from 2.13 on."""
+    names: Any = dist  # stubs do not have its levels
+    return VERSION >= (2, 13) or names.get_debug_level() != names.DebugLevel.DETAIL
+
+
 def all_gather_coalesced(outputs: Sequence[Tensor], owns: Sequence[Tensor], group: dist.ProcessGroup) -> dist.Work:
     """Begin several of ``dist.all_gather_single`` as one call of the backend."""
     with c10d._coalescing_manager(group, async_ops=True) as manager:

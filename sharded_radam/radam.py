@@ -243,7 +243,7 @@ def fused_terms(step: int, hyper: Hyperparameters, dtype: torch.dtype, device_ty
         device_type: whose kernel.
     """
     rect = scalars(step, hyper.beta1, hyper.beta2).rect
-    beta1, beta2 = _betas_of_kernel(hyper, dtype, device_type)
+    beta1, beta2 = betas_of_kernel(hyper, dtype, device_type)
     lr = float(hyper.lr)
     scaled, eps = lr / (1 - beta1**step), hyper.eps
     if rect is None:
@@ -255,7 +255,7 @@ def fused_terms(step: int, hyper: Hyperparameters, dtype: torch.dtype, device_ty
     return FusedTerms(scaled, hyper.weight_decay, eps)
 
 
-def _betas_of_kernel(hyper: Hyperparameters, dtype: torch.dtype, device_type: str) -> tuple[float, float]:
+def betas_of_kernel(hyper: Hyperparameters, dtype: torch.dtype, device_type: str) -> tuple[float, float]:
     """The betas that moments are made with, from which their corrections follow.
 
     From torch 2.11 on CUDA's kernel rounds them to fp32. (Other engines, and the CPU's, round ``beta`` and ``1 - beta``
@@ -292,7 +292,7 @@ def _fused_(operands: Sequence[Operands], step: int | Tensor, hyper: Hyperparame
 
 def _fused_on_device_(operands: Sequence[Operands], step: Tensor, hyper: Hyperparameters, endless_step: Tensor) -> None:
     """The unrectified and the rectified update, each with its eps; that of the other kind of step does nothing."""
-    sizes = _sizes_on_device(step, hyper, _betas_of_kernel(hyper, torch.float32, step.device.type))
+    sizes = _sizes_on_device(step, hyper, betas_of_kernel(hyper, torch.float32, step.device.type))
     weight_decay = hyper.weight_decay
     if _is_decoupled(hyper):  # not by the kernel, whose factor is that lr times a number on the host
         torch._foreach_mul_([piece.param for piece in operands], 1 - _lr_of(hyper) * weight_decay)

@@ -16,7 +16,7 @@ from sharded_radam.buckets.counters import Cohort
 from sharded_radam.buckets.flat import Flat
 from sharded_radam.build import Shards, follow_groups
 from sharded_radam.gradients.measures import divide_
-from sharded_radam.radam import Engine, Hyperparameters, default_engine
+from sharded_radam.radam import Engine, Hyperparameters, betas_of_kernel, default_engine
 from sharded_radam.replicas import compare, facts
 from sharded_radam.state.edits import find_edits, group_of, has_param, take_back
 from sharded_radam.transport import Handle
@@ -60,6 +60,10 @@ def prepare(optimizer: RAdam, shards: Shards) -> list[list[Cohort]]:
     follow_groups(optimizer, shards)
     if shards.listed_twice:
         raise ValueError(shards.listed_twice)
+    for flat in shards.flats:
+        if engine_of(optimizer, shards, flat) == "fused":
+            hyper, dtype = Hyperparameters.of(group_of(optimizer, flat)), flat.state["exp_avg"].dtype.to_real()
+            betas_of_kernel(hyper, dtype, flat.buffer.device.type)
     elsewhere = [flat.check(partial(has_param, optimizer)) for flat in shards.flats]
     edits = [find_edits(optimizer, flat) for flat in shards.flats]
     if shards.gradients is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,9 +104,12 @@ def _gradient_of(param: Tensor) -> Tensor:
 def _batches(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Of parameters of one dtype and device, of about BATCH_BYTES."""
     waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    num_bytes: Counter[tuple[torch.dtype, torch.device]] = Counter()
     for param in params:
-        batch = waiting[param.dtype, param.device]
-        batch.append(param)
-        if sum(each.nbytes for each in batch) >= BATCH_BYTES:
-            yield waiting.pop((param.dtype, param.device))
+        kind = (param.dtype, param.device)
+        waiting[kind].append(param)
+        num_bytes[kind] += param.nbytes
+        if num_bytes[kind] >= BATCH_BYTES:
+            del num_bytes[kind]
+            yield waiting.pop(kind)
     yield from waiting.values()

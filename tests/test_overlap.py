@@ -460,3 +460,23 @@ def shared_bytes(rank: int, world_size: int, share: bool) -> int:
     dist.barrier()
     grown = proportional() - before
     return int(sum(optimizer._shards.transport.all_gather_objects(grown)))
+
+
+def check_read_in_a_graph(rank: int, world_size: int) -> None:
+    """When the graph runs, nobody asks; so its parameters have arrived when the step returns."""
+    model = nn.Linear(70, 70)
+    optimizer = ShardedRAdam(model.parameters(), transport="gloo" if world_size > 1 else None)
+    optimizer.overlap_forward(model)
+    for is_captured in (False, True, False):
+        with mock.patch.object(Arrivals, "_is_captured", lambda _, is_captured=is_captured: is_captured):
+            model(torch.ones(2, 70))
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        is_under_way = any(type(param) is ArrivingParameter for param in model.parameters())
+        assert is_under_way == (world_size > 1 and optimizer._shards.steps == 1)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_parameters_that_a_graph_reads_arrive_within_the_step(world_size: int) -> None:
+    run(check_read_in_a_graph, world_size)

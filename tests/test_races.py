@@ -18,7 +18,7 @@ from sharded_radam.arrivals import Arrivals, ArrivingParameter
 from sharded_radam.gradients.packing import Sums
 from sharded_radam.gradients.sharded import ShardedGradients
 from sharded_radam.streams import Lane
-from sharded_radam.transport import Handle, Transport
+from sharded_radam.transport import Everyone, Handle, Transport
 from sharded_radam.transport.reducers import Queue
 from tests.branches import MODES, Training
 from tests.clocks import Stream
@@ -30,7 +30,8 @@ def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """A process group that only has ranks; collectives are those of the races."""
     monkeypatch.setattr(Transport, "all_gather_objects", lambda self, item: [item] * self.world_size)
     monkeypatch.setattr("sharded_radam.step._is_check_due", lambda *_: False)  # it reads what it compares
-    monkeypatch.setattr(Transport, "union", lambda self, flags, done: list(flags))
+    for kind in (Transport, Everyone):
+        monkeypatch.setattr(kind, "union", lambda self, flags, done: list(flags))
     monkeypatch.setattr("sharded_radam.transport._backend", lambda *_: "fake")
     monkeypatch.setattr("sharded_radam.transport.native.COALESCING", ["fake"])
     world_size = getattr(request, "param", 2)

@@ -98,7 +98,10 @@ def norm(gradients: Whole | Sharded, norm_type: float) -> Tensor:
         largest = torch.stack(norms).max() if norms else torch.zeros((), dtype=dtype, device=device)
         return transport.all_reduce(largest, dist.ReduceOp.MAX)
     powers = torch.stack(norms).pow(order).sum() if norms else torch.zeros((), dtype=dtype, device=device)
-    return transport.all_reduce(powers, dist.ReduceOp.SUM).pow(1 / order)
+    found = transport.all_reduce(powers, dist.ReduceOp.SUM).pow(1 / order)
+    if transport.replicas is not None and transport.replicas.name == "native":
+        transport.replicas.broadcast(found)  # each shard group may have added up in another order
+    return found
 
 
 def check_norm(norm: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:

@@ -266,7 +266,12 @@ class ShardedGradients:
 
     def _send_tail(self) -> None:
         done, self._done = self._done, 0
-        flags = self.transport.everyone.union([param.grad is not None for _, param in self.params()], done)
+        flags = [param.grad is not None for _, param in self.params()]
+        try:
+            flags = self.transport.everyone.union(flags, done)
+        except RuntimeError:
+            self._restarted = -1  # all ranks have failed, and begin anew
+            raise
         self.places.set_present(flags)
         for launch in self.rounds.schedule.tail:
             if any((launch.flat, slot) in self.places.has_grad for slot in launch.slots):

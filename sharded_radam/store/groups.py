@@ -33,10 +33,15 @@ class Groups:
 
     def names(self) -> list[int]:
         """What the ranks of the shard group are called where all ranks of the mesh meet."""
-        if not self.rows:
-            return [*range(self.shard_size)]
+        return self._names(self.shard) if self.rows else [*range(self.shard_size)]
+
+    def names_of_replicas(self) -> list[int]:
+        """The same for the ranks of the replica group."""
+        return self._names(self.replica)
+
+    def _names(self, group: dist.ProcessGroup | None) -> list[int]:
         everybody = sorted(rank for row in self.rows for rank in row)
-        return [everybody.index(rank) for rank in dist.get_process_group_ranks(self.shard)]
+        return [everybody.index(rank) for rank in dist.get_process_group_ranks(group)]
 
 
 def groups_of(group: dist.ProcessGroup | None, mesh: Any) -> Groups:
@@ -159,6 +164,12 @@ def _check_rows(rows: Rows, shard: dist.ProcessGroup, replica: dist.ProcessGroup
                 f"this order, where the mesh has {[*wanted]}. Expected each row to be a shard group and each column a "
                 "replica group, of increasing ranks, as init_device_mesh makes them"
             )
+
+
+def backend_of(group: dist.ProcessGroup, device_type: str) -> str | None:
+    """The backend that a group has for a device; ``dist.get_backend`` is "undefined" after init_process_group()."""
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get(device_type)
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:

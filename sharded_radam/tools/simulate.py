@@ -105,7 +105,7 @@ def simulate(
         raise ValueError("a simulation needs a process without a process group: run it without torchrun")
     check_fake_collectives()
     if bucket_cap_mb is None:
-        bucket_cap_mb = default_bucket_cap_mb(params[0].device_type, world_size)
+        bucket_cap_mb = default_bucket_cap_mb(params[0].device_type, world_size // replicas)
     checks = []
     for rank in sorted({0, world_size // 2, world_size - 1}):
         for shard_gradients in (False, True):

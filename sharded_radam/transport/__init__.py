@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from sharded_radam.store.groups import Groups, groups_of, timeout_of
+from sharded_radam.store.groups import Groups, backend_of, groups_of, timeout_of
 from sharded_radam.store.meeting import Meeting
 from sharded_radam.transport.alone import Alone
 from sharded_radam.transport.averages import Averages
@@ -115,7 +115,7 @@ class Choice:
         """They are on several hosts, as a rule: nothing is shared."""
         assert self.groups.replica is not None
         kind = NativeTransport if self.has_native_replicas else GlooTransport
-        return kind(self.groups.replica, self.device, meeting)
+        return kind(self.groups.replica, self.device, meeting, self.groups.names_of_replicas())
 
 
 def choose(
@@ -184,9 +184,9 @@ def _first(problems: list[str | None]) -> str | None:
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str:
-    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
-    backend = backends.get(device.type)
+    backend = backend_of(group, device.type)
     if backend is None:
+        backends = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
         raise ValueError(
             f"parameters are on {device.type}, but the process group has backends for {sorted(backends)} only: "
             "initialise it with a backend for this device, or move the model first"

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharded_radam.store.groups import backend_of
 from sharded_radam.store.meeting import Meeting
 from sharded_radam.store.verdicts import LostError, is_agreed
+from sharded_radam.streams import has_streams
 from sharded_radam.transport.averages import Averages, ReducedAverages
 from sharded_radam.transport.everyone import Everyone
 from sharded_radam.transport.meter import Meter
@@ -126,7 +128,7 @@ class Transport(ABC):
     def copy(self) -> Transport:
         """The same connections, with figures of its own."""
         new = copy(self)
-        new.meter = Meter(self.device)
+        new.meter, new._late_checks = Meter(self.device), _LateChecks()
         new.meter.times_phases = self.meter.times_phases
         if self.replicas is not None:
             new.add_replicas(copy(self.replicas))
@@ -200,7 +202,7 @@ class Transport(ABC):
 
     def break_up(self) -> None:
         """Let those who wait for this rank in the backend fail now, and not at the time-out. Only Gloo can."""
-        if self.world_size == 1 or dist.get_backend(self.group) != "gloo":
+        if self.world_size == 1 or backend_of(self.group, self.device.type) != "gloo":
             return
         # A wait that is over time closes Gloo's connections.
         with suppress(RuntimeError):
@@ -311,12 +313,17 @@ class Transport(ABC):
         Raises:
             RuntimeError: on every rank, if they have done different things; on a device, two calls later.
         """
+        return self.read_union(flags, self.all_reduce(self.union_row(flags, done), dist.ReduceOp.MAX))
+
+    def union_row(self, flags: Sequence[bool], done: int) -> Tensor:
+        """Numbers of which the largest of all ranks are to be found."""
         digits = [*done.to_bytes(4, "little")]
         row = [*map(int, flags), *digits, *(255 - digit for digit in digits)]  # so the maximum tells the minimum, too
-        largest = self.all_reduce(
-            torch.tensor(row, dtype=torch.uint8).to(self.device, non_blocking=True), dist.ReduceOp.MAX
-        )
-        self._late_checks.add(largest.narrow(0, len(flags), 2 * len(digits)))
+        return torch.tensor(row, dtype=torch.uint8).to(self.device, non_blocking=True)
+
+    def read_union(self, flags: Sequence[bool], largest: Tensor) -> list[bool]:
+        """What these say; raises as ``union``."""
+        self._late_checks.add(largest.narrow(0, len(flags), largest.numel() - len(flags)))
         if all(flags):
             return [True] * len(flags)
         return [bool(flag) for flag in largest.tolist()[: len(flags)]]
@@ -351,22 +358,28 @@ class _LateChecks:
 
     def add(self, digits: Tensor) -> None:
         """Compare the largest and the smallest digits of all ranks, or begin to copy them to the host."""
-        if not digits.is_cuda:
+        if digits.device.type == "cpu":
             self._compare(digits)
-        elif torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
-            on_host = torch.empty(digits.shape, dtype=digits.dtype, pin_memory=True)
-            on_host.copy_(digits, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copied.append((event, on_host))
+        elif has_streams(digits.device):
+            with torch.cuda.device(digits.device):
+                self._begin(digits)
             if len(self._copied) > 2:
                 event, on_host = self._copied.popleft()
                 event.synchronize()
                 self._compare(on_host)
 
+    def _begin(self, digits: Tensor) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            on_host = torch.empty(digits.shape, dtype=digits.dtype, pin_memory=True)
+            on_host.copy_(digits, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._copied.append((event, on_host))
+
     def _compare(self, digits: Tensor) -> None:
         largest, complements = digits.chunk(2)
         if not torch.equal(largest, 255 - complements):
+            self._copied.clear()  # whose rounds are as wrong
             raise RuntimeError(
                 "ranks have done different things since the last step: gradients of different buckets, or of different "
                 "steps, were added up. Expected: the same calls of backward(), zero_grad() and step() on every rank, "

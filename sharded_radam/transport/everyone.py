@@ -40,7 +40,8 @@ class Everyone:
     def union(self, flags: Sequence[bool], done: int) -> list[bool]:
         """Collective: which flags are set on some rank; and whether all have done the same, as the transport's."""
         with self._shard.together():
-            return self._replicas.union(self._shard.union(flags, done), done)
+            largest = self.all_reduce(self._replicas.union_row(flags, done), dist.ReduceOp.MAX)
+            return self._replicas.read_union(flags, largest)
 
     def all_gather_objects(self, item: object) -> list[Any]:
         """Every rank's picklable object, in the order of where they meet."""

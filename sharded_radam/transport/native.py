@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_radam.compat import all_gather_coalesced, all_gather_single, reduce_scatter_single
+from sharded_radam.compat import all_gather_coalesced, all_gather_single, can_coalesce, reduce_scatter_single
 from sharded_radam.dtypes import HALF_DTYPES, wide
+from sharded_radam.store.groups import backend_of
 from sharded_radam.transport.averages import Averages, Part
 from sharded_radam.transport.base import Handle, Transport, as_bytes
 from sharded_radam.transport.reducers import UNDER_WAY, Queue, Reducer, sum_, typed
@@ -37,7 +38,8 @@ class NativeTransport(Transport):
         return [Handle(work, output, own, lost=partial(self.lose, None))]
 
     def all_gather_each(self, buckets: Sequence[Tensor]) -> list[list[Handle]]:
-        if len(buckets) < 2 or dist.get_backend(self.group) not in COALESCING:
+        backend = backend_of(self.group, self.device.type)
+        if len(buckets) < 2 or backend not in COALESCING or not can_coalesce():
             return super().all_gather_each(buckets)
         outputs = [as_bytes(bucket) for bucket in buckets]
         owns = [output.chunk(self.world_size)[self.rank] for output in outputs]

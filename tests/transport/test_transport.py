@@ -354,11 +354,36 @@ def check_another_round(rank: int, world_size: int) -> None:
         with pytest.raises(RuntimeError, match="ranks have done different things"):
             optimizer.step()
         assert_same(params, before)
+        others = make_params()
+        for ours, theirs in zip(params, others, strict=True):
+            theirs.data.copy_(ours.detach())
+        optimizer.zero_grad()  # on all ranks, and go on
+        set_grads(params, 4)
+        optimizer.step()
+        assert not torch.equal(params[0], others[0])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_a_round_of_another_step_is_noticed(world_size: int) -> None:
     run(check_another_round, world_size)
+
+
+def check_another_round_of_a_mesh(rank: int, world_size: int) -> None:
+    """A rank whose row and column differ from it: those in neither must hear of it in the same call."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2))
+    for transport in ("native", "gloo"):
+        optimizer = ShardedRAdam(make_params(), mesh=mesh, transport=transport)
+        everyone = optimizer._shards.transport.everyone
+        assert everyone.union([rank == 1, False], 5) == [True, False]
+        for odd in (0, world_size - 1):
+            with pytest.raises(RuntimeError, match="ranks have done different things"):
+                everyone.union([True, True], 5 + (rank == odd))
+        assert everyone.union([rank == 1, False], 5) == [True, False]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_round_of_another_step_is_noticed_in_a_mesh(world_size: int) -> None:
+    run(check_another_round_of_a_mesh, world_size)
 
 
 def check_choice(rank: int, world_size: int) -> None:
