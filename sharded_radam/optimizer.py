@@ -533,7 +533,9 @@ class ShardedRAdam(RAdam, Joinable):
             take_back(self, flat)
         is_fused, has_one_copy = bool(shards.options.fused), shards.transport.has_one_copy
         replicas = shards.transport.replicas
-        replica = (0, 1) if replicas is None else (replicas.rank, replicas.world_size)
+        # After destroy_process_group() a rank whose shard is the whole state saves alone.
+        is_one_of_many = replicas is not None and len(shards.ranks()) > 1
+        replica = (replicas.rank, replicas.world_size) if replicas is not None and is_one_of_many else (0, 1)
         return OptimizerPart(shards.flats, self.param_groups, self.state, model, is_fused, has_one_copy, replica)
 
     @property
