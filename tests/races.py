@@ -58,7 +58,10 @@ class Block:
 
 
 class Races(TorchDispatchMode):
-    """Records what runs in here. ``found`` are the races, in words; ``num_accesses`` what was looked at."""
+    """Records what runs in here. ``found`` are the races, in words; ``num_accesses`` what was looked at.
+
+    ``num_grouped`` are the calls that began several collectives.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,7 +69,7 @@ class Races(TorchDispatchMode):
         self.communication = Clock("communication")
         self.main = self.current = Stream(self, "main")
         self.found: list[str] = []
-        self.num_accesses = 0
+        self.num_accesses = self.num_grouped = 0
         self._blocks: dict[int, Block] = {}
         self._freed: list[Block] = []
         self._held: list[tuple[str, list[Tensor], list[Tensor]]] | None = None  # until their group is complete
@@ -142,6 +145,7 @@ class Races(TorchDispatchMode):
         group, self._held = Group(), []
         yield group
         held, self._held = self._held, None
+        self.num_grouped += 1
         group.works.append(self._communicate(held))
         if not async_ops:
             group.wait()

@@ -33,7 +33,7 @@ def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     for kind in (Transport, Everyone):
         monkeypatch.setattr(kind, "union", lambda self, flags, done: list(flags))
     monkeypatch.setattr("sharded_radam.transport._backend", lambda *_: "fake")
-    monkeypatch.setattr("sharded_radam.transport.native.COALESCING", ["fake"])
+    monkeypatch.setattr("sharded_radam.transport.native.backend_of", lambda *_: "nccl")
     world_size = getattr(request, "param", 2)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     yield world_size
@@ -79,6 +79,7 @@ def test_all_is_in_an_order(
 ) -> None:
     training = run_mode(monkeypatch, mode, overlap, num_streams)
     assert training.races.found[:3] == []
+    assert overlap == (training.races.num_grouped == 0)
     assert overlap == any(type(param) is ArrivingParameter for param in training.model.parameters())
 
 

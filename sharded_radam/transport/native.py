@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,10 @@ class NativeTransport(Transport):
 
     name = "native"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._coalesces = backend_of(self.group, self.device.type) in COALESCING and can_coalesce()
+
     def all_gather(self, bucket: Tensor) -> list[Handle]:
         output = as_bytes(bucket)
         own = output.chunk(self.world_size)[self.rank]
@@ -38,8 +43,7 @@ class NativeTransport(Transport):
         return [Handle(work, output, own, lost=partial(self.lose, None))]
 
     def all_gather_each(self, buckets: Sequence[Tensor]) -> list[list[Handle]]:
-        backend = backend_of(self.group, self.device.type)
-        if len(buckets) < 2 or backend not in COALESCING or not can_coalesce():
+        if len(buckets) < 2 or not self._coalesces:
             return super().all_gather_each(buckets)
         outputs = [as_bytes(bucket) for bucket in buckets]
         owns = [output.chunk(self.world_size)[self.rank] for output in outputs]
