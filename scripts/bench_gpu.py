@@ -267,7 +267,7 @@ def machine_of(device: torch.device, is_called_by: str | None) -> dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--shapes", nargs="+", choices=sorted(peers.SHAPES), help="gpt2 and small on a GPU, else small")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SIZES), help="gpt2 and small on a GPU, else small")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--rounds", type=int, default=5, help="of each pass")
     parser.add_argument("--warmup", type=int, default=2, help="rounds of each pass that are not counted")

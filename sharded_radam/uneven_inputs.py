@@ -85,20 +85,15 @@ def _broadcast_gradients(
 ) -> None:
     """Collective: those of one rank, some MiB at a time; who has its own gradients lets the others' go."""
     for batch in _batches([param for param, has in zip(params, has_grad, strict=True) if has]):
+        numels = [param.numel() for param in batch]
         if transport.rank == source:
-            parts = [flatten(_gradient_of(param), dim_order(param)) for param in batch]
+            message = torch.cat([flatten(param.grad, dim_order(param)) for param in batch if param.grad is not None])
         else:
-            parts = [param.new_empty(param.numel()) for param in batch]
-        message = torch.cat(parts)
+            message = batch[0].new_empty(sum(numels))
         transport.broadcast(message, source)
         if is_taken:
-            for param, part in zip(batch, torch.split(message, [param.numel() for param in batch]), strict=True):
+            for param, part in zip(batch, torch.split(message, numels), strict=True):
                 param.grad = unflatten(part.clone(), param.shape, dim_order(param))
-
-
-def _gradient_of(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad.resolve_conj().resolve_neg()
 
 
 def _batches(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:

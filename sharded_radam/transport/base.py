@@ -131,7 +131,7 @@ class Transport(ABC):
         new.meter, new._late_checks = Meter(self.device), _LateChecks()
         new.meter.times_phases = self.meter.times_phases
         if self.replicas is not None:
-            new.add_replicas(copy(self.replicas))
+            new.add_replicas(self.replicas.copy())
         return new
 
     def add_replicas(self, replicas: Transport) -> None:
@@ -247,7 +247,7 @@ class Transport(ABC):
     def gather(self, shard: Tensor, bucket: Tensor | None, to: int) -> None:
         """Fill ``bucket`` on rank ``to`` with the shards of all ranks; other ranks pass None."""
         if self.rank != to:
-            self.send(shard, to)
+            self._isend(shard, to).wait()
             return
         assert bucket is not None
         parts = bucket.chunk(self.world_size)
@@ -261,14 +261,6 @@ class Transport(ABC):
         bucket.chunk(self.world_size)[self.rank].copy_(shard)
         for handle in self.all_gather(bucket):
             handle.wait()
-
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Send to one rank of the group, which calls receive."""
-        self._isend(tensor, to).wait()
-
-    def receive(self, tensor: Tensor, source: int) -> None:
-        """Receive into a contiguous tensor."""
-        self._irecv(tensor, source).wait()
 
     def _isend(self, tensor: Tensor, to: int, tag: int = 0) -> Handle:
         message = as_bytes(tensor)

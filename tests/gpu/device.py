@@ -38,6 +38,7 @@ SLEEP_CYCLES = 20_000_000
 NO_COMPILER = "" if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs g++ or clang++, not here"
 if IS_CUDA:
     NO_COMPILER = "" if importlib.util.find_spec("triton") else "torch.compile needs Triton for a GPU, not here"
+needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
 
 
 def only_cuda(reason: str) -> pytest.MarkDecorator:

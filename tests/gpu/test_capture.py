@@ -13,11 +13,10 @@ from torch.nn import Parameter
 
 from sharded_radam import ShardedRAdam
 from tests.cases import STEPS, assert_same, make_params
-from tests.gpu.device import DTYPES, GROUPS, IS_CUDA, NO_COMPILER, SMALL, give_grads, only_cuda
+from tests.gpu.device import DTYPES, GROUPS, IS_CUDA, SMALL, give_grads, needs_compiler, only_cuda
 from tests.gpu.training import inputs, make_model
 from tests.ranks import DEVICE, run
 
-needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
 COMPILED = [needs_compiler, pytest.mark.timeout(600)]
 
 CAPTURABLE: list[Any] = [

@@ -12,13 +12,20 @@ from torch.nn import Parameter
 from sharded_radam import ShardedRAdam
 from sharded_radam.dtypes import HALF_DTYPES
 from tests.cases import HYPERPARAMETERS, STEPS, assert_same, missing_at
-from tests.gpu.device import DTYPES, IS_ASKED_FOR, NO_COMPILER, assert_near, give_grads, only_cuda, params_and_reference
+from tests.gpu.device import (
+    DTYPES,
+    IS_ASKED_FOR,
+    assert_near,
+    give_grads,
+    needs_compiler,
+    only_cuda,
+    params_and_reference,
+)
 from tests.ranks import DEVICE
 
 FORMS = [HYPERPARAMETERS[at] for at in ((0, 4, 2, 7, 13) if IS_ASKED_FOR else (0, 2))]
 """Without decay, with it, maximising; decoupled; other betas, a large eps, a large lr."""
 
-needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
 capturable = only_cuda("RAdam's capturable=True is not for CPUs; tests/test_capturable.py has it on fake tensors")
 
 ENGINES: list[Any] = [
